@@ -1,0 +1,176 @@
+"""Every section of a configuration file except `[model]` (see `config/model.py`), as frozen dataclasses.
+
+`RunConfig` is what the trainer receives: everything resolved, typed and checked. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.setting import setting
+from titan_yulan.config.values import Duration, Tokens
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """`[run]`: what this run is called, where it lives, and its seed."""
+
+    name: str = setting(help="name of the run; its folder is output_dir/name")
+    output_dir: str = setting("outputs", "folder that holds the run folders")
+    seed: int = setting(42, "seed of the weights, the order of the data and every mask", ge=0, lt=2**63)
+    deterministic: bool = setting(False, "ask PyTorch for deterministic algorithms (bitwise equal resume on CUDA)")
+
+
+@dataclass(frozen=True)
+class TokenizerSection:
+    """`[tokenizer]`: the vocabulary that the sources were prepared with."""
+
+    path: str = setting(help="tiktoken vocabulary file")
+    train_vocab_size: int = setting(
+        0, "when the file is missing: train a byte-level BPE of this size on the sources' text (0: it must exist)", ge=0
+    )
+
+
+@dataclass(frozen=True)
+class SourceSection:
+    """`[data.sources.NAME]`: one named stream of tokens."""
+
+    path: str = setting(help="folder of the prepared source (the one that holds source.json)")
+    validation_path: str = setting("", "folder of the prepared held-out part; empty: no validation loss for this source")
+    text: tuple[str, ...] = setting(
+        (), "when the folder is missing: prepare it from these files, globs or 'builtin:code|math|prose'"
+    )
+    validation_share: float = setting(0.02, "share of the input files held out when preparing", ge=0, lt=1)
+    ordered: bool = setting(False, "keep the order of the documents (such as easy to hard) instead of shuffling")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """`[data]`: the sources by name, and how the loader works."""
+
+    sources: dict[str, SourceSection] = setting(help="the sources, one table [data.sources.NAME] each")
+    prefetch: int = setting(4, "micro-batches that the background loader keeps ready", ge=1)
+
+
+@dataclass(frozen=True)
+class LearningRateSegment:
+    """One segment of `[phase] lr`: a multiplier of `[optimizer] learning_rate` that moves from `from` to `to`."""
+
+    shape: str = setting(
+        help="how the multiplier moves", choices=("constant", "linear", "cosine", "quarter-cosine", "1-sqrt")
+    )
+    from_: float = setting(1.0, "multiplier at the start of the segment", ge=0)
+    to: float = setting(1.0, "multiplier at the end of the segment", ge=0)
+    over: Duration | None = setting(None, "length of the segment; only the last, constant one may leave it out")
+    hold_at: Duration | None = setting(None, "from this point of the segment on the multiplier stays as it is")
+
+
+@dataclass(frozen=True)
+class BatchSection:
+    """`[batch]`: the global batch, the same for any number of ranks."""
+
+    global_batch_size: int | Tokens = setting(help="rows of one optimizer step (a number), or tokens ('4M')", ge=1)
+    micro_batch_size: int = setting(help="rows that one rank processes at a time", ge=1)
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """`[parallel]`: how the model is laid out over the ranks."""
+
+    compute_dtype: str = setting("bfloat16", "type of matrix products", choices=("bfloat16", "float32"))
+    reduce_dtype: str = setting("float32", "type of gradient reduction", choices=("bfloat16", "float32"))
+    reshard_after_forward: bool = setting(True, "free a block's gathered weights between forward and backward")
+
+
+@dataclass(frozen=True)
+class PhaseSection:
+    """`[phase]`: one phase of the curriculum.
+
+    `batch` and `parallel` hold the run's sections with the phase's own `[phase.batch]`, `[phase.parallel]` merged in.
+    """
+
+    name: str = setting(help="name of the phase, unique in the curriculum")
+    sequence_length: int = setting(help="tokens of one row", ge=1)
+    mix: dict[str, float | Tokens] = setting(help="source name -> weight (a number) or amount ('1.2B')", ge=0)
+    length: Duration | None = setting(
+        None, "how long the phase is; may be left out when every amount of the mix is in tokens: their sum"
+    )
+    lr: tuple[LearningRateSegment, ...] = setting(
+        (), "learning-rate segments from the start of this phase; none: the segment before goes on"
+    )
+    rope_theta: float | None = setting(None, "rotary base from this phase on; none: as in [model]", gt=0)
+    after: str = setting("", "the phase file that comes before this one, relative to this file")
+    start_from: str = setting("", "checkpoint folder to begin this phase from, instead of the phase before")
+    batch: BatchSection = setting(help="the batch of this phase; keys not set here come from [batch]")
+    parallel: ParallelSection = setting(help="the layout of this phase; keys not set here come from [parallel]")
+
+
+@dataclass(frozen=True)
+class ObjectiveSection:
+    """`[objective]`: what is minimised."""
+
+    z_loss: float = setting(1e-4, "weight of the squared log-partition added to the cross-entropy", ge=0)
+    document_mask: bool = setting(False, "a token attends only to its own document")
+    restart_positions: bool = setting(False, "rotary positions start again at 0 in every document")
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """`[optimizer]`: AdamW with the muP groups of YuLan-Mini."""
+
+    learning_rate: float = setting(help="peak learning rate; a phase's lr multiplies it", gt=0)
+    base_width: int = setting(
+        0, "muP: matrices learn at learning_rate / (hidden_size / base_width); 0: every parameter at learning_rate", ge=0
+    )
+    betas: tuple[float, float] = setting((0.9, 0.95), "Adam's decay rates", ge=0, lt=1)
+    eps: float = setting(1e-8, "Adam's epsilon", gt=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay", ge=0)
+    weight_decay_scalars: float | None = setting(None, "of the WeSaR scalars; none: weight_decay", ge=0)
+    weight_decay_norms: float | None = setting(None, "of the norm weights; none: weight_decay", ge=0)
+    weight_decay_biases: float | None = setting(None, "of the biases; none: weight_decay", ge=0)
+    max_gradient_norm: float = setting(1.0, "gradients are scaled down to this global norm", gt=0)
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """`[checkpoint]`: when to save and what to keep. The end of every phase is always saved and kept."""
+
+    every: Duration | None = setting(None, "distance between checkpoints; none: only at the end of phases")
+    keep: int = setting(3, "newest checkpoints to keep, besides the ends of phases", ge=1)
+
+
+@dataclass(frozen=True)
+class MonitorSection:
+    """`[monitor]`: what is printed and recorded."""
+
+    log_every: int = setting(10, "steps between printed lines; also between host synchronisations", ge=1)
+    tensorboard: bool = setting(True, "write TensorBoard files into the run folder")
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """`[eval]`: validation loss per source, always before the first and after the last step."""
+
+    every: Duration | None = setting(None, "distance between evaluations; none: only at the start and the end")
+    rows: int = setting(64, "rows of each source's held-out part that are read", ge=1)
+    prompt: str = setting("", "text to continue at the end of the run; empty: none")
+    new_tokens: int = setting(64, "length of that continuation", ge=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole configuration, resolved. `phases` runs in order; a run trains `phases[first_phase:]`, and
+    the phases before that must be finished in the run folder."""
+
+    run: RunSection = setting(help="")
+    model: ModelConfig = setting(help="")
+    tokenizer: TokenizerSection = setting(help="")
+    data: DataSection = setting(help="")
+    phases: tuple[PhaseSection, ...] = setting(help="")
+    optimizer: OptimizerSection = setting(help="")
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection, kw_only=True)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection, kw_only=True)
+    monitor: MonitorSection = field(default_factory=MonitorSection, kw_only=True)
+    eval: EvalSection = field(default_factory=EvalSection, kw_only=True)
+    first_phase: int = 0

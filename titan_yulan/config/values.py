@@ -1,0 +1,75 @@
+"""Values with units that a configuration file writes as text: durations and amounts of tokens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_AMOUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([KMBT]?)\s*(tokens|steps|rows|%)?\s*$")
+
+Unit = Literal["tokens", "steps", "rows", "share"]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training. `share` is a fraction of the phase it is used in (1% = 0.01)."""
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        """Read `"40B"`, `"40B tokens"`, `"1000 steps"`, `"5000 rows"` or `"1%"`.
+
+        Raises:
+            ValueError: the text is none of these.
+        """
+        match = _AMOUNT.match(text)
+        if not match:
+            raise ValueError(f"cannot read {text!r} as a duration; write '40B' (tokens), '1000 steps', '5000 rows' or '1%'")
+        number, suffix, word = match.groups()
+        value = float(number.replace("_", "")) * _SUFFIX[suffix]
+        if word == "%":
+            if suffix:
+                raise ValueError(f"cannot read {text!r} as a duration: a percentage takes no suffix {suffix!r}")
+            return cls(value / 100, "share")
+        return cls(value, word or "tokens")  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        if self.unit == "share":
+            return f"{self.value * 100:.12g}%"
+        return f"{_short(self.value)}{'' if self.unit == 'tokens' else ' ' + self.unit}"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An amount of tokens, written `"1.2B"`."""
+
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Tokens:
+        """Read `"1.2B"`, `"300M"` or `"4_128_768"`.
+
+        Raises:
+            ValueError: the text is not an amount of tokens.
+        """
+        match = _AMOUNT.match(text)
+        if not match or match.group(3) not in (None, "tokens"):
+            raise ValueError(f"cannot read {text!r} as an amount of tokens; write '1.2B', '300M' or '4128768'")
+        return cls(float(match.group(1).replace("_", "")) * _SUFFIX[match.group(2)])
+
+    def __str__(self) -> str:
+        return _short(self.value)
+
+
+def _short(value: float) -> str:
+    """Shortest exact text: 40000000000.0 -> '40B', 4128768 -> '4128768'."""
+    for suffix in ("T", "B", "M", "K"):
+        scaled = value / _SUFFIX[suffix]
+        text = f"{scaled:.12g}"
+        if scaled >= 1 and float(text) * _SUFFIX[suffix] == value and len(text) <= 6:
+            return text + suffix
+    return f"{value:.17g}"
