@@ -50,7 +50,7 @@ class DataSection:
     """`[data]`: the sources by name, and how the loader works."""
 
     sources: dict[str, SourceSection] = setting(help="the sources, one table [data.sources.NAME] each")
-    prefetch: int = setting(4, "micro-batches that the background loader keeps ready", ge=1)
+    prefetch: int = setting(2, "steps that the background loader reads ahead", ge=1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""Checkpoints on disk: names, the manifest that makes one exist, verification, and what to keep. No torch.
+
+    checkpoints/step-00001200/
+        __0_0.distcp ...    tensors (torch.distributed.checkpoint), hashed while written
+        .metadata           where each tensor lies (a pickle: read only after its hash was checked)
+        state.json          position, tapes, fingerprints (`TrainerState`)
+        config.toml         the resolved configuration
+        manifest.json       size and SHA-256 of every other file; renamed into place last
+
+A folder without a manifest is not a checkpoint: it is a save that did not finish.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from titan_yulan.errors import RunError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+CONFIG = "config.toml"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Everything about a run's position that is not a tensor.
+
+    phase: name of the phase that the last step belonged to; phase_finished: whether that step was its last one.
+    tapes: where each source's tape stands, in tokens.
+    sources, tokenizer: fingerprints of the data that the position refers to.
+    origin: where the run's own first phase began (step, row, token, tapes); not zero after `[phase] start_from`.
+    """
+
+    step: int
+    row: int
+    token: int
+    phase: str
+    phase_finished: bool
+    tapes: dict[str, int]
+    sources: dict[str, str]
+    tokenizer: str
+    versions: dict[str, str]
+    origin: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint folder (its manifest exists)."""
+
+    path: Path
+    step: int
+
+    def manifest(self) -> dict[str, dict]:
+        """`{file name: {"size": bytes, "sha256": hex}}`.
+
+        Raises:
+            RunError: the manifest is damaged.
+        """
+        try:
+            return json.loads((self.path / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.path / MANIFEST} cannot be read ({error})") from error
+
+    def state(self) -> TrainerState:
+        """The trainer's state at this checkpoint."""
+        try:
+            return TrainerState(**json.loads((self.path / STATE).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{self.path / STATE} cannot be read ({error})") from error
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [
+        Checkpoint(path, int(path.name.removeprefix("step-")))
+        for path in folder.glob("step-*")
+        if path.name.removeprefix("step-").isdigit() and (path / MANIFEST).is_file()
+    ]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in `path`: a step folder, or a run folder (then its newest).
+
+    Raises:
+        RunError: there is no complete checkpoint.
+    """
+    if (path / MANIFEST).is_file() and path.name.startswith("step-"):
+        return Checkpoint(path, int(path.name.removeprefix("step-")))
+    for folder in (path, path / "checkpoints"):
+        if found := find_checkpoints(folder):
+            return found[-1]
+    raise RunError(f"{path} holds no complete checkpoint (a folder step-NNNNNNNN with a {MANIFEST})")
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files (or only those named): one line each, empty if all is well."""
+    try:
+        files = checkpoint.manifest()
+    except RunError as error:
+        return [str(error)]
+    problems = []
+    for name in files if names is None else names:
+        path, expected = checkpoint.path / name, files[name]
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != expected["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif hash_file(path) != expected["sha256"]:
+            problems.append(f"{path} is damaged (its SHA-256 differs from the manifest's)")
+    return problems
+
+
+def commit(path: Path, files: dict[str, dict], state: TrainerState, config_toml: str) -> None:
+    """Write the small files, check all sizes, and make the checkpoint exist by renaming its manifest into place.
+
+    Args:
+        path: the folder that the tensors were written into.
+        files: size and hash of every file written so far.
+
+    Raises:
+        RunError: a file is not as long as what was written.
+        OSError: the disk is full, and the like.
+    """
+    for name, text in ((STATE, json.dumps(asdict(state), indent=2)), (CONFIG, config_toml)):
+        _write_durably(path / name, text)
+        files[name] = {"size": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    for name, expected in files.items():
+        size = (path / name).stat().st_size
+        if size != expected["size"]:
+            raise RunError(f"{path / name} has {size} bytes after writing {expected['size']}; is the disk full?")
+    temporary = path / (MANIFEST + ".tmp")
+    _write_durably(temporary, json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=2))
+    temporary.rename(path / MANIFEST)
+    for folder in (path, path.parent):
+        _sync_folder(folder)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint so that it is never seen half-deleted: its manifest goes first."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Delete step folders without a manifest (saves that did not finish); returns what was deleted."""
+    leftovers = [path for path in folder.glob("step-*") if path.is_dir() and not (path / MANIFEST).is_file()]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return leftovers
+
+
+def prune(folder: Path, keep: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints and every end of a phase; returns what was deleted."""
+    checkpoints = find_checkpoints(folder)
+    deleted = []
+    for checkpoint in checkpoints[:-keep]:
+        try:
+            finished = checkpoint.state().phase_finished
+        except RunError:
+            continue  # damaged: left for inspection
+        if not finished:
+            remove(checkpoint.path)
+            deleted.append(checkpoint.path)
+    return deleted

@@ -1,0 +1,192 @@
+"""Whether and where a run may go on: the configuration against what lies in the run folder. No torch."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_yulan import config as configuration
+from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.config.sections import RunConfig
+from titan_yulan.curriculum.plan import Plan
+from titan_yulan.curriculum.position import Position
+from titan_yulan.errors import UserError
+
+# Changes that cannot alter the stream, the model or the past: always allowed.
+_FREE = (
+    "first_phase",
+    "run.output_dir",
+    "tokenizer.path",
+    "tokenizer.train_vocab_size",
+    "data.prefetch",
+    "data.sources.*.path",
+    "data.sources.*.validation_path",
+    "data.sources.*.text",
+    "data.sources.*.validation_share",
+    "checkpoint.*",
+    "monitor.*",
+    "eval.*",
+    "phase.*.after",
+    "phase.*.batch.micro_batch_size",
+    "phase.*.parallel.*",
+)
+# Changes that alter the model or what rows come next: refused unless named by --allow-change.
+_FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*")
+# The same for the phase that is under way; everything of a finished phase is frozen.
+_FROZEN_CURRENT = ("mix*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """The decision: `complete` means that there is nothing left to do; `notices` are lines to print."""
+
+    step: int
+    complete: bool
+    notices: list[str]
+
+
+def run_folder(config: RunConfig) -> Path:
+    return Path(config.run.output_dir) / config.run.name
+
+
+def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
+    """The plan of a run: from its own origin if it has a checkpoint, else from `start_from`, else from zero."""
+    start_from = config.phases[0].start_from
+    if checkpoint is not None:
+        origin = checkpoint.state().origin
+    elif start_from:
+        state = layout.open_checkpoint(Path(start_from)).state()
+        origin = {"step": state.step, "row": state.row, "token": state.token, "tapes": state.tapes}
+    else:
+        return Plan(config)
+    return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
+
+
+def check_resume(
+    config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, allow_changes: Collection[str] = ()
+) -> Resume:
+    """Decide whether `config` may continue from `checkpoint` (the newest good one; None: from the start).
+
+    Raises:
+        UserError: the phases before are not finished, or the configuration changed in a way that would break the
+            stream; the message lists every such change.
+    """
+    first = config.phases[config.first_phase]
+    if checkpoint is None:
+        if config.first_phase > 0 and not first.start_from:
+            before = config.phases[config.first_phase - 1]
+            raise UserError(
+                f"phase {first.name!r} comes after phase {before.name!r}, which is not finished: "
+                f"{run_folder(config)} holds no checkpoint. Train the phases before it there first, or set "
+                f"phase.start_from to a checkpoint to begin from"
+            )
+        return Resume(plan.phases[0].start.step, False, [])
+    state = checkpoint.state()
+    saved = configuration.load(checkpoint.path / layout.CONFIG).config
+    notices = _check_changes(config, saved, state.phase, state.phase_finished, allow_changes, checkpoint)
+    names = [phase.name for phase in config.phases]
+    if state.phase in names:
+        index = names.index(state.phase)
+        reached = index + state.phase_finished
+        if reached < config.first_phase:
+            end = plan.phases[config.first_phase - 1].end.step
+            raise UserError(
+                f"phase {first.name!r} comes after phase {names[config.first_phase - 1]!r}, which is not finished: "
+                f"{checkpoint.path} is at step {state.step} of {end}, in phase {state.phase!r}. Finish it first"
+            )
+    elif [phase.name for phase in saved.phases][: len(names)] == names:
+        return Resume(plan.end.step, True, [*notices, f"the run folder is already past this, in phase {state.phase!r}"])
+    else:
+        raise UserError(
+            f"{checkpoint.path} is in phase {state.phase!r}, which is not among the phases of this configuration "
+            f"({', '.join(names)}); use another run.name, or name the file that holds that phase"
+        )
+    if state.step > plan.end.step:
+        raise UserError(
+            f"{checkpoint.path} is at step {state.step}, past the end of the configuration at step {plan.end.step}; "
+            f"a phase cannot become shorter than what was trained: make phase {names[-1]!r} longer"
+        )
+    if not allow_changes:
+        _check_position(plan, checkpoint)
+    return Resume(state.step, state.step == plan.end.step, notices)
+
+
+def _check_position(plan: Plan, checkpoint: Checkpoint) -> None:
+    """The plan must put the same rows before the checkpoint's step as the run did: it is the last line of defence."""
+    state = checkpoint.state()
+    position = plan.position(state.step)
+    phase = next(phase for phase in plan.phases if phase.name == state.phase)
+    tapes = dict(zip(plan.sources, phase.tapes(position.row - phase.start.row), strict=True))
+    expected = (state.row, state.token, state.tapes)
+    if (position.row, position.token, tapes) != expected:
+        raise UserError(
+            f"the plan puts rows {position.row}, tokens {position.token} and tapes {tapes} before step {state.step}, "
+            f"but {checkpoint.path} was written after rows {state.row}, tokens {state.token}, tapes {state.tapes}"
+        )
+
+
+def _check_changes(
+    config: RunConfig, saved: RunConfig, phase: str, finished: bool, allowed: Collection[str], checkpoint: Checkpoint
+) -> list[str]:
+    saved_names = [section.name for section in saved.phases]
+    current = saved_names.index(phase)
+    done = set(saved_names[: current + finished])
+    under_way = None if finished else phase
+    refused, notices = [], []
+    for difference in configuration.diff(saved, config):
+        line = f"{difference.key}: {difference.old} -> {difference.new}"
+        if _matches(difference.key, _FREE) or difference.key in allowed:
+            continue
+        if _frozen(difference.key, done, under_way, {section.name for section in config.phases}):
+            refused.append(line)
+        else:
+            notices.append(f"changed since step {checkpoint.step}: {line}")
+    if refused:
+        changes = "\n  ".join(refused)
+        raise UserError(
+            f"the configuration differs from the one that {checkpoint.path} was trained with:\n  {changes}\n"
+            "Going on would change what was already decided. Use another run.name for a new run, or add "
+            "--allow-change KEY for each key above"
+        )
+    return notices
+
+
+def _matches(key: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _frozen(key: str, done: set[str], under_way: str | None, present: set[str]) -> bool:
+    if not key.startswith("phase."):
+        return _matches(key, _FROZEN)
+    name, _, rest = key.removeprefix("phase.").partition(".")
+    if name in done:
+        return name in present  # a phase file may name only the phases up to its own
+    return name == under_way and _matches(rest, _FROZEN_CURRENT)
+
+
+def check_data(
+    checkpoint: Checkpoint, sources: dict[str, str], tokenizer: str, allow_changes: Collection[str] = ()
+) -> None:
+    """The prepared data must be the data that the checkpoint's position refers to (compared by fingerprint).
+
+    Raises:
+        UserError: it is not.
+    """
+    state = checkpoint.state()
+    changed = [
+        f"data.sources.{name}: the content of this source"
+        for name, fingerprint in state.sources.items()
+        if name in sources and sources[name] != fingerprint
+    ]
+    if state.tokenizer != tokenizer:
+        changed.append("tokenizer: the vocabulary")
+    refused = [line for line in changed if line.split(":")[0] not in allow_changes]
+    if refused:
+        lines = "\n  ".join(refused)
+        raise UserError(
+            f"the data is not what {checkpoint.path} was trained on. Changed since then:\n  {lines}\n"
+            "Bring the old data back, use another run.name, or add --allow-change KEY (the text before the colon)"
+        )

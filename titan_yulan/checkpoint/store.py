@@ -1,0 +1,205 @@
+"""Save and load the tensors of a run with torch.distributed.checkpoint, under our own commit protocol."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+
+from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.layout import Checkpoint, TrainerState
+from titan_yulan.errors import RunError
+from titan_yulan.parallel.process import World
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes writes on to a file and hashes them on the way. Only appends: a seek would make the hash wrong."""
+
+    def __init__(self, file: io.IOBase) -> None:
+        self._file, self._hash, self._size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._size += memoryview(data).nbytes
+        return self._file.write(data)  # type: ignore[attr-defined]
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    def summary(self) -> dict:
+        return {"size": self._size, "sha256": self._hash.hexdigest()}
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, dict] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            if "w" not in mode:
+                yield stream
+                return
+            hashing = _HashingFile(stream)
+            yield hashing
+            self.files[Path(path).name] = hashing.summary()
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        if (summary := self.files.pop(Path(path).name, None)) is not None:
+            self.files[Path(new_path).name] = summary
+
+
+class _HashingWriter(FileSystemWriter):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, sync_files=True)
+        self.fs = _HashingFileSystem()
+
+
+def save(
+    folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml: str, world: World, keep: int
+) -> Path:
+    """Write a checkpoint of `state.step`; on return it is complete and durable on all ranks' view of the disk.
+
+    Args:
+        folder: the run's `checkpoints` folder, the same file system for all ranks.
+        tensors: nested dictionary of this rank's tensors (DTensors, or plain tensors that all ranks share).
+
+    Raises:
+        RunError: on every rank, if any rank could not write; the half-written folder is removed, nothing else is.
+    """
+    path = layout.step_folder(folder, state.step)
+    if world.agree(int((path / layout.MANIFEST).is_file())):
+        return path  # saved before: same run, same step, same content
+    error = _attempt(world, lambda: _prepare(path) if world.is_main else None)
+    writer = _HashingWriter(path)
+    if error is None:
+        # DCP gathers the failures of all ranks and raises on each of them
+        error = _attempt(world, lambda: dcp.save(tensors, storage_writer=writer, process_group=world.host))
+    if error is None:
+        written: list[dict | None] = [None] * world.size
+        dist.all_gather_object(written, writer.fs.files, group=world.host)
+        files = {name: summary for part in written if part for name, summary in part.items()}
+        error = _attempt(world, lambda: layout.commit(path, files, state, config_toml) if world.is_main else None)
+    if error is not None:
+        if world.is_main and path.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise RunError(f"the checkpoint of step {state.step} could not be written to {path}: {error}")
+    if world.is_main:
+        layout.prune(folder, keep)
+    return path
+
+
+def _prepare(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _attempt(world: World, action: Callable[[], Any]) -> str | None:
+    """Run an action on every rank; the reason of a failure anywhere, on every rank."""
+    reason = None
+    try:
+        action()
+    except Exception as error:
+        reason = explain(error)
+    reasons: list[str | None] = [None] * world.size
+    dist.all_gather_object(reasons, reason, group=world.host)
+    return next((reason for reason in reasons if reason), None)
+
+
+def explain(error: BaseException) -> str:
+    """One line about a failure to write or read; DCP wraps the ranks' own exceptions."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full; free some space or lower checkpoint.keep, then start the same command again"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def newest_good(folder: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose files all have the hashes of its manifest; the ranks share the checking.
+
+    Damaged ones are reported by name, left where they are, and passed over; the choice is the same on all ranks.
+    """
+    listed: list[list[str]] = [[str(checkpoint.path) for checkpoint in layout.find_checkpoints(folder)]]
+    dist.broadcast_object_list(listed, src=0, group=world.host)
+    for name in reversed(listed[0]):
+        checkpoint = layout.open_checkpoint(Path(name))
+        try:
+            mine = sorted(checkpoint.manifest())[world.rank :: world.size]
+            problems = layout.find_damage(checkpoint, mine)
+        except RunError as error:
+            problems = [str(error)]
+        found: list[list[str]] = [[] for _ in range(world.size)]
+        dist.all_gather_object(found, problems, group=world.host)
+        damage = sorted({problem for part in found for problem in part})
+        if not damage:
+            return checkpoint
+        report(f"WARNING: checkpoint {checkpoint.path} is damaged and passed over: {'; '.join(damage)}")
+    return None
+
+
+def load(checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
+    """Read a checkpoint into the given tensors, in place, whatever layout it was written with.
+
+    Raises:
+        RunError: a tensor is missing or has another shape.
+    """
+    for name, (expected, found) in _shape_differences(checkpoint, tensors).items():
+        raise RunError(
+            f"checkpoint {checkpoint.path} belongs to another model: {name} has shape {found} there and {expected} here"
+        )
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=FileSystemReader(checkpoint.path),
+            process_group=process_group,
+            no_dist=process_group is None,
+        )
+    except Exception as error:
+        raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {explain(error)}") from error
+
+
+def _shape_differences(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    differences = {}
+    for section, content in tensors.items():
+        for name, tensor in content.items():
+            entry = stored.get(f"{section}.{name}")
+            found = tuple(entry.size) if entry is not None and hasattr(entry, "size") else "missing"
+            if isinstance(tensor, Tensor) and found != tuple(tensor.shape):
+                differences[name] = (str(tuple(tensor.shape)), str(found))
+    return differences
+
+
+def load_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Read only the weights, in one process, into an unsharded model."""
+    load(checkpoint, {"model": dict(model.state_dict())})

@@ -1,0 +1,249 @@
+"""`titan-yulan`: one sub-command per verb. Argument parsing only; every verb imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from titan_yulan.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code (2: the request or its files are wrong, 1: failed while running)."""
+    parser = _parser()
+    # keys of the configuration (--section.key=value) are not options of argparse
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if text.startswith("--") and "." in text.split("=")[0]]
+    unknown = [text for text in rest if text not in overrides]
+    if unknown or (overrides and not getattr(options, "takes_keys", False)):
+        parser.error(f"unknown argument {(unknown or overrides)[0]!r}")
+    options.overrides = overrides
+    try:
+        return options.verb(options) or 0
+    except UserError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"ERROR: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="titan-yulan", description="Pre-train Llama-style models through curriculum phases."
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    train = _verb(verbs, "train", "check, prepare, and train to the end (what ./run_train.sh runs)", _train)
+    _config_option(train)
+    train.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="resume although KEY changed")
+
+    config = verbs.add_parser("config", help="read, check and compare configurations").add_subparsers(
+        metavar="VERB", required=True
+    )
+    for name, text, verb in (
+        ("show", "print the resolved configuration, with where each value comes from", _config_show),
+        ("check", "report every mistake", _config_check),
+    ):
+        show = _verb(config, name, text, verb)
+        show.add_argument("file", nargs="?", default="debug.toml")
+        show.set_defaults(takes_keys=True)
+    diff = _verb(config, "diff", "what differs between two resolved configurations", _config_diff)
+    diff.add_argument("first")
+    diff.add_argument("second")
+    _verb(config, "schema", "print the JSON Schema of configuration files", _config_schema)
+
+    tokenizer = verbs.add_parser("tokenizer", help="train a vocabulary").add_subparsers(metavar="VERB", required=True)
+    train_bpe = _verb(tokenizer, "train", "train a byte-level BPE into tiktoken's format", _tokenizer_train)
+    train_bpe.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose")
+    train_bpe.add_argument("--vocab-size", type=int, required=True, help="entries, the end-of-text token included")
+    train_bpe.add_argument("--output", required=True)
+
+    _data_verbs(verbs)
+
+    checkpoint = verbs.add_parser("checkpoint", help="list and verify checkpoints").add_subparsers(
+        metavar="VERB", required=True
+    )
+    for name, text, verb in (
+        ("list", "the complete checkpoints of a run", _checkpoint_list),
+        ("verify", "compare every file with its hash", _checkpoint_verify),
+    ):
+        _verb(checkpoint, name, text, verb).add_argument("folder", help="run folder or checkpoint folder")
+
+    generate = _verb(verbs, "generate", "continue a text with the newest checkpoint of a run", _generate)
+    generate.add_argument("--run", required=True, help="run folder or checkpoint folder")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--new-tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.8)
+    generate.add_argument("--top-k", type=int, default=40)
+    generate.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _data_verbs(verbs) -> None:
+    data = verbs.add_parser("data", help="prepare and look at data").add_subparsers(metavar="VERB", required=True)
+    prepare = _verb(data, "prepare", "turn text into a source", _data_prepare)
+    prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose")
+    prepare.add_argument("--name", required=True)
+    prepare.add_argument("--tokenizer", required=True, help="tiktoken vocabulary file")
+    prepare.add_argument("--output", required=True)
+    prepare.add_argument("--validation-output", help="folder of the held-out part")
+    prepare.add_argument("--validation-share", type=float, default=0.0)
+    prepare.add_argument("--ordered", action="store_true", help="keep the order of the documents")
+    prepare.add_argument("--on-bad-row", choices=("skip", "fail"), default="skip")
+    prepare.add_argument("--workers", type=int, help="processes (default: one per core)")
+    prepare.add_argument("--seed", type=int, default=0)
+    _verb(data, "inspect", "counts, hashes and first documents of a source", _data_inspect).add_argument("folder")
+    show = _verb(data, "show", "the text that a step is trained on", _data_show)
+    _config_option(show)
+    show.add_argument("--step", type=int, required=True, help="step of the run, from 1")
+    show.add_argument("--rows", type=int, default=4, help="rows to print")
+    stream = _verb(data, "stream", "source, tape position and fingerprint of rows, as JSON lines", _data_stream)
+    _config_option(stream)
+    stream.add_argument("--phase", help="name of the phase (default: the first that the file trains)")
+    stream.add_argument("--from-row", type=int, default=0, help="first row, counted in the phase")
+    stream.add_argument("--rows", type=int, required=True)
+    stream.add_argument("--world", type=int, help="only the rows that rank --rank of this many reads")
+    stream.add_argument("--rank", type=int)
+    stream.add_argument("--batch", type=int, help="rows of a global batch (default: the phase's)")
+
+
+def _verb(verbs, name: str, text: str, function) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(verb=function)
+    return parser
+
+
+def _config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="debug.toml", help="file, or a bare name below train_configs/")
+    parser.set_defaults(takes_keys=True)
+
+
+def _load(options: argparse.Namespace, name: str):
+    from titan_yulan import config
+
+    return config.load(config.find(name, ROOT), options.overrides)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from titan_yulan.launch import launch
+
+    return launch(options.config, options.overrides, options.allow_change, options.debug)
+
+
+def _config_show(options: argparse.Namespace) -> None:
+    from titan_yulan import config
+
+    print(config.show(_load(options, options.file)))
+
+
+def _config_check(options: argparse.Namespace) -> None:
+    _load(options, options.file)
+    print(f"{options.file}: correct")
+
+
+def _config_diff(options: argparse.Namespace) -> int:
+    from titan_yulan import config
+
+    differences = config.diff(_load(options, options.first).config, _load(options, options.second).config)
+    for difference in differences:
+        print(difference)
+    return 1 if differences else 0
+
+
+def _config_schema(options: argparse.Namespace) -> None:
+    import json
+
+    from titan_yulan import config
+
+    print(json.dumps(config.schema(), indent=2))
+
+
+def _tokenizer_train(options: argparse.Namespace) -> None:
+    from titan_yulan.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer([options.inputs], options.output, options.vocab_size)
+
+
+def _data_prepare(options: argparse.Namespace) -> None:
+    from titan_yulan.data.prepare import prepare
+    from titan_yulan.data.tokenizer import Tokenizer
+
+    report = prepare(
+        options.name,
+        options.inputs,
+        options.output,
+        Tokenizer.load(options.tokenizer),
+        validation_output=options.validation_output,
+        validation_share=options.validation_share,
+        ordered=options.ordered,
+        workers=options.workers,
+        on_bad_row=options.on_bad_row,
+        seed=options.seed,
+    )
+    print("\n".join(report.lines()))
+
+
+def _data_inspect(options: argparse.Namespace) -> None:
+    from titan_yulan.data.inspect import inspect_source
+
+    print("\n".join(inspect_source(options.folder)))
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from titan_yulan.curriculum.browse import show_step
+
+    for line in show_step(_load(options, options.config).config, options.step, options.rows):
+        print(line)
+
+
+def _data_stream(options: argparse.Namespace) -> None:
+    from titan_yulan.curriculum.browse import stream_rows
+
+    config = _load(options, options.config).config
+    for line in stream_rows(
+        config, options.phase, options.from_row, options.rows, options.world, options.rank, options.batch
+    ):
+        print(line)
+
+
+def _checkpoint_list(options: argparse.Namespace) -> None:
+    from titan_yulan.checkpoint.report import list_checkpoints
+
+    print("\n".join(list_checkpoints(Path(options.folder))))
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from titan_yulan.checkpoint.report import verify_checkpoints
+
+    lines, sound = verify_checkpoints(Path(options.folder))
+    print("\n".join(lines))
+    return 0 if sound else 1
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from titan_yulan.eval.load import continue_text
+
+    print(
+        options.prompt
+        + continue_text(
+            Path(options.run),
+            options.prompt,
+            new_tokens=options.new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

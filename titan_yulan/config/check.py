@@ -1,0 +1,184 @@
+"""Checks across keys and sections. They run on whatever could be bound, so each looks only at sound values."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from titan_yulan.config.bind import INVALID, Binder, nearest
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.read import KeyPath, toml_string
+from titan_yulan.config.sections import BatchSection, LearningRateSegment, PhaseSection, RunConfig
+from titan_yulan.config.values import Duration, Tokens
+
+_FOLDER_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,199}$")
+
+
+def check(config: RunConfig, binder: Binder) -> None:
+    """Note every combination of keys that does not go together; each note names the remedy."""
+    _Check(config, binder).run()
+
+
+def _sound(*values: Any) -> bool:
+    return not any(value is INVALID for value in values)
+
+
+class _Check:
+    def __init__(self, config: RunConfig, binder: Binder) -> None:
+        self.config, self.binder = config, binder
+
+    def refuse(self, path: KeyPath, text: str) -> None:
+        self.binder.problems.add(self.binder.at(path), text)
+
+    def run(self) -> None:
+        config = self.config
+        self.folder_name(("run", "name"), config.run.name)
+        self.model(config.model)
+        if _sound(config.tokenizer.train_vocab_size, config.model.vocab_size):
+            self.vocabulary(config.tokenizer.train_vocab_size, config.model.vocab_size)
+        for section, every in (("checkpoint", config.checkpoint.every), ("eval", config.eval.every)):
+            if _sound(every) and every is not None:
+                self.interval((section, "every"), every)
+        self.phase_names()
+        for index, phase in enumerate(config.phases):
+            self.phase(phase, ("phases", index))
+
+    def folder_name(self, path: KeyPath, name: str) -> None:
+        if _sound(name) and not _FOLDER_NAME.match(name):
+            self.refuse(
+                path,
+                f"found {name!r}; it names a folder; allowed: letters, digits and . _ - + = @, first a letter or digit",
+            )
+
+    def model(self, model: ModelConfig) -> None:
+        if _sound(*vars(model).values()):
+            for key, text in model.check():
+                self.refuse(("model", key), text)
+
+    def vocabulary(self, train: int, vocab: int) -> None:
+        if train > vocab:
+            self.refuse(("tokenizer", "train_vocab_size"), f"{train} exceeds model.vocab_size = {vocab}; lower it")
+
+    def interval(self, path: KeyPath, every: Duration) -> None:
+        if every.unit == "share":
+            self.refuse(path, f"found '{every}'; a share belongs to a phase; write tokens, steps or rows")
+        elif every.value <= 0:
+            self.refuse(path, f"found '{every}'; allowed: more than 0")
+
+    def phase_names(self) -> None:
+        first: dict[str, int] = {}
+        for index, phase in enumerate(self.config.phases):
+            path: KeyPath = ("phases", index, "name")
+            if not _sound(phase.name):
+                continue
+            self.folder_name(path, phase.name)
+            if phase.name in first:
+                where = self.binder.at(("phases", first[phase.name], "name")).where
+                self.refuse(path, f"{phase.name!r} is also the phase at {where}; rename one")
+            first.setdefault(phase.name, index)
+
+    def phase(self, phase: PhaseSection, path: KeyPath) -> None:
+        self.mix(phase, path)
+        self.batch(phase, path)
+        if _sound(phase.length) and phase.length is not None:
+            self.length(phase, phase.length, path)
+        if _sound(phase.start_from) and phase.start_from and path[1] != 0:
+            self.refuse((*path, "start_from"), "only the first phase of a curriculum may have it; remove it")
+        if _sound(phase.lr):
+            for index, segment in enumerate(phase.lr):
+                self.segment(segment, phase, index == len(phase.lr) - 1, (*path, "lr", index))
+        longest = self.config.model.max_position_embeddings
+        if _sound(phase.sequence_length, longest) and phase.sequence_length > longest:
+            text = f"{phase.sequence_length} exceeds model.max_position_embeddings = {longest}; lower it or raise that"
+            self.refuse((*path, "sequence_length"), text)
+
+    def mix(self, phase: PhaseSection, path: KeyPath) -> None:
+        mix, sources = phase.mix, self.config.data.sources
+        if not _sound(mix):
+            return
+        if _sound(sources):
+            for name in mix:
+                if name not in sources:
+                    hint = nearest(name, sources) or f"; sources: {', '.join(sources) or 'none'}"
+                    self.refuse((*path, "mix", name), f"no table [data.sources] has this name{hint}")
+        if not _sound(*mix.values()):
+            return
+        amounts = [name for name, value in mix.items() if isinstance(value, Tokens)]
+        weights = [name for name, value in mix.items() if not isinstance(value, Tokens)]
+        if amounts and weights:
+            text = f"{weights[0]} is a weight, {amounts[0]} an amount of tokens; write all as weights or all as amounts"
+            self.refuse((*path, "mix"), text)
+        elif not any(value.value if isinstance(value, Tokens) else value for value in mix.values()):
+            self.refuse((*path, "mix"), "nothing to read; allowed: at least one source above 0")
+        elif weights and phase.length is None:
+            self.refuse((*path, "length"), "missing; required unless every amount of the mix is in tokens")
+
+    def batch(self, phase: PhaseSection, path: KeyPath) -> None:
+        size, length, micro = phase.batch.global_batch_size, phase.sequence_length, phase.batch.micro_batch_size
+        if isinstance(size, Tokens) and _sound(length) and (size.value % length or size.value < length):
+            below = int(size.value // length) * length
+            choices = f"'{below}' or '{below + length}'" if below else f"'{length}'"
+            text = f"{size} tokens are no whole rows of sequence_length = {length}; write {choices}"
+            self.refuse((*path, "batch", "global_batch_size"), text)
+            return
+        rows = _rows(phase.batch, length)
+        if rows is not None and _sound(micro) and micro > rows:
+            text = f"{micro} exceeds the global batch of {rows} rows; lower it"
+            self.refuse((*path, "batch", "micro_batch_size"), text)
+
+    def length(self, phase: PhaseSection, length: Duration, path: KeyPath) -> None:
+        if length.unit == "share":
+            self.refuse(
+                (*path, "length"), f"found '{length}'; a share of the phase itself; write tokens, steps or rows"
+            )
+            return
+        tokens, batch = _tokens(length, phase), _tokens(Duration(1, "steps"), phase)
+        if length.value <= 0:
+            self.refuse((*path, "length"), f"found '{length}'; allowed: more than 0")
+        elif tokens is not None and batch is not None and tokens < batch:
+            self.refuse((*path, "length"), f"'{length}' is less than one global batch ({batch:.0f} tokens); raise it")
+
+    def segment(self, segment: LearningRateSegment, phase: PhaseSection, last: bool, path: KeyPath) -> None:
+        over, hold, shape = segment.over, segment.hold_at, segment.shape
+        if _sound(over) and over is None:
+            if not last:
+                self.refuse((*path, "over"), "missing; required in every segment but the last")
+            elif _sound(shape) and shape != "constant":
+                self.refuse((*path, "over"), f"missing; required with shape {toml_string(shape)}")
+        if _sound(over) and over is not None and over.value <= 0:
+            self.refuse((*path, "over"), f"found '{over}'; allowed: more than 0")
+        if _sound(shape, segment.from_, segment.to) and shape == "constant" and segment.from_ != segment.to:
+            text = f"{segment.to} differs from from = {segment.from_}; a constant segment has one value"
+            self.refuse((*path, "to"), text)
+        if not _sound(over, hold) or hold is None:
+            return
+        if over is None:
+            self.refuse((*path, "hold_at"), "has no effect without over; set over or remove it")
+            return
+        same = over.unit == hold.unit
+        end, point = (over.value, hold.value) if same else (_tokens(over, phase), _tokens(hold, phase))
+        if end is not None and point is not None and point > end:
+            self.refuse((*path, "hold_at"), f"'{hold}' is past the end of the segment, over = '{over}'; lower it")
+
+
+def _rows(batch: BatchSection, sequence_length: int) -> int | None:
+    """Rows of one global batch, if they can be told."""
+    size = batch.global_batch_size
+    if not _sound(size, sequence_length):
+        return None
+    return int(size.value // sequence_length) if isinstance(size, Tokens) else size
+
+
+def _tokens(duration: Duration, phase: PhaseSection) -> float | None:
+    """A duration in tokens, if it can be told."""
+    rows = _rows(phase.batch, phase.sequence_length)
+    if duration.unit == "tokens":
+        return duration.value
+    if duration.unit == "share":
+        length = phase.length
+        known = _sound(length) and length is not None and length.unit != "share"
+        whole = _tokens(length, phase) if known and length is not None else None
+        return None if whole is None else duration.value * whole
+    if not _sound(phase.sequence_length) or (duration.unit == "steps" and rows is None):
+        return None
+    return duration.value * phase.sequence_length * ((rows or 0) if duration.unit == "steps" else 1)

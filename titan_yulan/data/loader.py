@@ -1,0 +1,216 @@
+"""The global loader: the rows of each global batch, cut for one rank, read ahead in the background.
+
+There is one order of rows for all ranks (`curriculum.plan`). A global batch of B rows goes to W ranks as
+`tensor_split(B, W)`; every rank runs the same number of micro-batches, the missing rows filled with rows of zero
+weight, so shapes are static. The loader has no state: it is built for a position, and a checkpoint stores that.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan_yulan.data.partition import micro_batches, rank_rows
+from titan_yulan.data.tape import Tape
+
+
+class RowPlan(Protocol):
+    """What the loader needs of a phase's plan."""
+
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def batch_rows(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def first_row(self) -> int: ...
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of rows; S is the sequence length.
+
+    tokens        (rows, S + 1) int64
+    document_ids  (rows, S + 1) int64, unique within a source's tape
+    loss_mask     (rows, S + 1) bool, False where a token is not a target
+    source        (rows,) int64, index into the plan's sources
+    position      (rows,) int64, number of the row in the run
+    weight        (rows,) float32, 0 for the rows that only fill up a micro-batch
+    """
+
+    tokens: Tensor
+    document_ids: Tensor
+    loss_mask: Tensor
+    source: Tensor
+    position: Tensor
+    weight: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device, copied without blocking where the memory is pinned."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def pin(self) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+
+
+def read_rows(plan: RowPlan, tapes: Sequence[Tape], numbers: np.ndarray, size: int) -> Batch:
+    """Read the rows `numbers` (consecutive, counted in the phase) and fill up with zero-weight rows to `size`."""
+    length = plan.sequence_length + 1
+    tokens = np.zeros((size, length), dtype=np.int64)
+    document_ids = np.zeros((size, length), dtype=np.int64)
+    loss_mask = np.ones((size, length), dtype=np.bool_)
+    source = np.zeros(size, dtype=np.int64)
+    position = np.full(size, -1, dtype=np.int64)
+    weight = np.zeros(size, dtype=np.float32)
+    if len(numbers):
+        ids, starts = plan.rows(int(numbers[0]), int(numbers[-1]) + 1)
+        for i, (source_id, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
+            row = tapes[source_id].read(start, length)
+            tokens[i], document_ids[i] = row.tokens, row.document_ids
+            if row.loss_mask is not None:
+                loss_mask[i] = row.loss_mask
+        source[: len(numbers)] = ids
+        position[: len(numbers)] = plan.first_row + numbers
+        weight[: len(numbers)] = 1.0
+    return Batch(*(torch.from_numpy(a) for a in (tokens, document_ids, loss_mask, source, position, weight)))
+
+
+class Loader:
+    """Iterates over the remaining steps of a phase; each item is the list of this rank's micro-batches of one step.
+
+    `waited` sums the seconds that the consumer spent waiting for data. Close it (or use `with`) to end its thread.
+    """
+
+    def __init__(
+        self,
+        plan: RowPlan,
+        tapes: Sequence[Tape],
+        *,
+        first_step: int,
+        rank: int,
+        world: int,
+        micro_batch_size: int,
+        prefetch: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._plan, self._tapes, self._pin = plan, tapes, pin_memory
+        self._micro_batch_size = micro_batch_size
+        self._first_step = first_step
+        self._start, self._stop = rank_rows(plan.batch_rows, rank, world)
+        self._micro_batches = micro_batches(plan.batch_rows, world, micro_batch_size)
+        self.waited = 0.0
+        self._steps = Prefetcher(self._read_steps(), prefetch)
+
+    def _read_steps(self) -> Iterator[list[Batch]]:
+        size = self._micro_batch_size
+        for step in range(self._first_step, self._plan.steps):
+            numbers = step * self._plan.batch_rows + np.arange(self._start, self._stop)
+            batches = [
+                read_rows(self._plan, self._tapes, numbers[i * size : (i + 1) * size], size)
+                for i in range(self._micro_batches)
+            ]
+            yield [batch.pin() for batch in batches] if self._pin else batches
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        begin = time.perf_counter()
+        try:
+            return next(self._steps)
+        finally:
+            self.waited += time.perf_counter() - begin
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the background thread."""
+        self._steps.close()
+
+
+class Prefetcher:
+    """Runs an iterator in a thread, at most `depth` items ahead; an exception there is raised at the consumer's turn.
+
+    A thread is enough: reading a row is a copy out of a memory map, done by numpy outside the interpreter lock.
+    """
+
+    _END = object()
+
+    def __init__(self, items: Iterator, depth: int) -> None:
+        self._queue: queue.Queue = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+            self._put(self._END)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: object) -> bool:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __next__(self):
+        item = self._queue.get()
+        if item is self._END or isinstance(item, BaseException):
+            self._queue.put(item)  # every later call ends the same way
+            raise StopIteration if item is self._END else item
+        return item
+
+    def __iter__(self):
+        return self
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_M1 = _signed(0xBF58476D1CE4E5B9)
+_M2 = _signed(0x94D049BB133111EB)
+_POSITION = _signed(0xD6E8FEB86659FD93)
+
+
+def _shift(values: Tensor, n: int) -> Tensor:
+    """Logical shift right of int64 (PyTorch's is arithmetic)."""
+    return (values >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mix(values: Tensor) -> Tensor:
+    values = (values ^ _shift(values, 30)) * _M1
+    values = (values ^ _shift(values, 27)) * _M2
+    return values ^ _shift(values, 31)
+
+
+def fingerprint(tokens: Tensor) -> Tensor:
+    """`data.hashing.fingerprint` on a device: (rows, length) int64 -> (rows,) int64, the same 64 bits."""
+    places = (torch.arange(tokens.shape[-1], device=tokens.device) + 1) * _POSITION
+    return _mix(_mix((tokens + 1) * _GOLDEN + places).sum(-1))

@@ -1,0 +1,51 @@
+"""A function over many items in several processes, results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from titan_yulan.errors import RunError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def default_workers() -> int:
+    """The processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """`map` in `workers` processes; in this process when one is enough.
+
+    Args:
+        function: picklable (a top-level function, or a `functools.partial` of one).
+        items: picklable.
+        workers: number of processes.
+
+    Raises:
+        RunError: a worker died (killed, out of memory).
+        Exception: what the function raised, for the first item that failed.
+    """
+    if min(workers, len(items)) <= 1:
+        yield from map(function, items)
+        return
+    # Forking is fast, and safe only while no library of this process runs threads of its own.
+    threaded = {"torch", "pyarrow", "datasets"} & sys.modules.keys()
+    context = multiprocessing.get_context("spawn" if threaded else "fork")
+    executor = ProcessPoolExecutor(min(workers, len(items)), mp_context=context)
+    try:
+        yield from executor.map(function, items)
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a worker process died, perhaps for lack of memory: run the same command again (it goes on where it "
+            "stopped), with fewer workers if it happens again"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,50 @@
+"""Continue a text with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from titan_yulan.data import hashing
+from titan_yulan.model import Decoder
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    *,
+    new_tokens: int,
+    eos_id: int,
+    context: int,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> list[int]:
+    """Ids of the continuation, without the prompt; ends at `eos_id` or after `new_tokens`.
+
+    The draw of token i depends on (seed, i) alone, so all ranks of a sharded model draw the same. The whole prefix
+    (its last `context` tokens) is computed anew for every token.
+
+    Args:
+        temperature: 0 takes the most likely token.
+        top_k: only the k most likely tokens can be drawn.
+    """
+    ids = list(prompt)
+    uniform = hashing.uniform(hashing.key(seed, "generate"), np.arange(new_tokens))
+    for u in uniform.tolist():
+        window = torch.tensor([ids[-context:]], device=device)
+        logits = decoder(window, head=lambda hidden, weight: hidden[:, -1] @ weight.t())[0].double()
+        logits, candidates = logits.topk(min(top_k, len(logits)))
+        if temperature > 0:
+            shares = (logits / temperature).softmax(0).cumsum(0)
+            chosen = int((shares < u * shares[-1]).sum())
+        else:
+            chosen = 0
+        ids.append(int(candidates[chosen]))
+        if ids[-1] == eos_id:
+            break
+    return ids[len(prompt) :]

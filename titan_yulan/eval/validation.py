@@ -1,0 +1,70 @@
+"""Validation loss per source, over the first rows of each held-out part."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_yulan.data.loader import read_rows
+from titan_yulan.data.partition import micro_batches, rank_rows
+from titan_yulan.data.tape import Tape
+from titan_yulan.model import Decoder
+from titan_yulan.objective.next_token import NextToken
+from titan_yulan.parallel.process import World
+
+
+class HeldOutRows:
+    """The first `rows` rows of each held-out source, one source after the other, as the loader wants them."""
+
+    steps, first_row = 1, 0
+
+    def __init__(self, tapes: dict[int, Tape], rows: int, sequence_length: int) -> None:
+        """`tapes`: held-out tape by source id. A source too short for `rows` rows gives what it has."""
+        self.sequence_length = sequence_length
+        counts = {source: min(rows, (tape.length - 1) // sequence_length) for source, tape in tapes.items()}
+        self._source = np.repeat(list(counts), list(counts.values())).astype(np.int64)
+        starts = [np.arange(n, dtype=np.int64) * sequence_length for n in counts.values()]
+        self._start = np.concatenate(starts) if starts else np.zeros(0, dtype=np.int64)
+
+    @property
+    def batch_rows(self) -> int:
+        return len(self._source)
+
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._source[start:stop], self._start[start:stop]
+
+
+@torch.no_grad()
+def validation_loss(
+    decoder: Decoder,
+    objective: NextToken,
+    held_out: HeldOutRows,
+    tapes: list[Tape],
+    micro_batch_size: int,
+    world: World,
+) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropy and number of tokens per source over all ranks: two tensors (sources,).
+
+    `tapes` is indexed by source id (any tape where a source has no held-out part).
+    """
+    start, stop = rank_rows(held_out.batch_rows, world.rank, world.size)
+    numbers = np.arange(start, stop)
+    sums = None
+    for i in range(micro_batches(held_out.batch_rows, world.size, micro_batch_size)):
+        part = numbers[i * micro_batch_size : (i + 1) * micro_batch_size]
+        inputs = objective.inputs(read_rows(held_out, tapes, part, micro_batch_size).to(world.device))
+        loss = decoder(
+            inputs.input_ids,
+            position_ids=inputs.position_ids,
+            document_ids=inputs.document_ids,
+            causal=objective.causal,
+            head=partial(objective.loss, inputs=inputs),
+        )
+        both = torch.stack([loss.cross_entropy, loss.tokens]).double()
+        sums = both if sums is None else sums + both
+    dist.all_reduce(sums)
+    return sums[0], sums[1]

@@ -1,0 +1,312 @@
+"""From a command line to a finished run: preflight, torchrun, signals, exit code. What `./run_train.sh` runs.
+
+The preflight needs neither torch nor a GPU: it reads and checks the configuration, compares it with the run folder,
+prepares the data, and refuses in seconds what cannot work. torchrun's own exit code says little (it is 1 after any
+signal), so the code of this process comes from the run's `status.json`:
+
+    0 finished    75 stopped, the same command goes on    1 failed    2 the configuration or the files are wrong
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from titan_yulan import config as configuration
+from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.checkpoint.resume import Resume, check_data, check_resume, make_plan, run_folder
+from titan_yulan.config.model import count_parameters
+from titan_yulan.config.sections import RunConfig
+from titan_yulan.curriculum.plan import Plan
+from titan_yulan.data.ensure import ensure_prepared
+from titan_yulan.data.partition import micro_batches
+from titan_yulan.data.source import Source
+from titan_yulan.errors import RunError, UserError
+from titan_yulan.monitor.metrics import write_atomically, write_status
+from titan_yulan.plan.memory import (
+    GIB,
+    Machine,
+    checkpoint_bytes,
+    disk_forecast,
+    estimate_memory,
+    inspect_machine,
+    ranks_that_fit,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+_SHUTDOWN_SECONDS = 600  # torchrun lets the workers finish their step and save before it kills them
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes on how many nodes; from the environment of `run_train.sh`."""
+
+    processes: int
+    nodes: str
+    node_rank: int
+    endpoint: str
+    max_restarts: int
+    log_rank: str
+
+    @classmethod
+    def from_environment(cls, machine: Machine) -> Launch:
+        """NPROC (default: the GPUs, else 2), NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK.
+
+        Raises:
+            UserError: a variable is not what it should be.
+        """
+        nodes = os.environ.get("NNODES", "1")
+        endpoint = os.environ.get("RDZV_ENDPOINT", "")
+        if nodes not in ("1", "1:1") and not endpoint:
+            raise UserError(f"NNODES={nodes} needs RDZV_ENDPOINT=HOST:PORT, the same on every node")
+        return cls(
+            processes=_whole_number("NPROC", machine.accelerators or 2, 1),
+            nodes=nodes,
+            node_rank=_whole_number("NODE_RANK", 0, 0),
+            endpoint=endpoint,
+            max_restarts=_whole_number("MAX_RESTARTS", 3, 0),
+            log_rank=os.environ.get("LOG_RANK", "0"),
+        )
+
+    @property
+    def world(self) -> int:
+        """Ranks at the start, with the smallest allowed number of nodes."""
+        try:
+            return self.processes * int(self.nodes.split(":")[0])
+        except ValueError:
+            raise UserError(f"NNODES={self.nodes}: write a number, or MIN:MAX for an elastic run") from None
+
+
+def _whole_number(name: str, default: int, least: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit() or int(text) < least:
+        raise UserError(f"{name}={text}: write a whole number, at least {least}")
+    return int(text)
+
+
+def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[str], debug: bool) -> int:
+    """Train a configuration file to its end; returns the exit code.
+
+    Raises:
+        UserError: before anything was started.
+    """
+    path = configuration.find(config_name, ROOT)
+    config = configuration.load(path, overrides).config
+    machine = inspect_machine()
+    start = Launch.from_environment(machine)
+    folder = run_folder(config)
+    checkpoint = newest_readable(folder / "checkpoints")
+    plan = make_plan(config, checkpoint)
+    resume = check_resume(config, plan, checkpoint, allow_changes)
+    _say_plan(path, config, plan, start, machine, resume, folder)
+    if resume.complete:
+        print(f"the run in {folder} is complete: step {resume.step} of {plan.end.step}; nothing to do")
+        return 0
+    check_batches(config, start.world)
+    check_memory(config, start, machine)
+    check_disk(config, plan, folder, resume)
+    ensure_prepared(config)
+    check_sources(config, plan, checkpoint, allow_changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = folder / "config.toml"
+    write_atomically(resolved, configuration.to_toml(config))
+    write_status(folder, "starting", 1)
+    command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
+    code = _run(command, start, machine)
+    return exit_code(folder, code)
+
+
+def newest_readable(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint whose state can be read; the workers verify the hashes and choose for themselves."""
+    for checkpoint in reversed(layout.find_checkpoints(folder)):
+        try:
+            checkpoint.state()
+            return checkpoint
+        except RunError:
+            continue
+    return None
+
+
+def _say_plan(
+    path: Path, config: RunConfig, plan: Plan, start: Launch, machine: Machine, resume: Resume, folder: Path
+) -> None:
+    device = f"{machine.accelerators} x {machine.device}" if machine.accelerators else f"CPU, {machine.cores} cores"
+    print(f"configuration  {path}")
+    print(f"machine        {device}, {machine.memory / GIB:.1f} GiB; {start.processes} processes x {start.nodes} node(s)")
+    model = config.model
+    print(
+        f"model          {count_parameters(model):,} parameters: {model.num_hidden_layers} layers x "
+        f"{model.hidden_size}, {model.num_attention_heads} heads, {model.num_key_value_heads} KV heads, "
+        f"vocabulary {model.vocab_size}"
+    )
+    need = estimate_memory(config, start.world)
+    checkpoints, size = disk_forecast(config, plan)
+    print(f"memory         about {need.total / GIB:.2f} GiB a rank")
+    print(f"disk           at most {checkpoints} checkpoints of {checkpoint_bytes(config) / GIB:.2f} GiB at a time")
+    for phase in plan.phases[config.first_phase :]:
+        shares = " ".join(f"{n} {w:.0%}" for n, w in zip(phase.sources, phase.weights, strict=True) if w)
+        micro = phase.section.batch.micro_batch_size
+        print(
+            f"phase          {phase.name}: steps {phase.start.step + 1}-{phase.end.step}, "
+            f"{phase.batch_rows} x {phase.sequence_length} tokens a step in "
+            f"{micro_batches(phase.batch_rows, start.world, micro)} micro-batch(es) of {micro} a rank, {shares}"
+        )
+    print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
+    for notice in resume.notices:
+        print(notice)
+
+
+def check_batches(config: RunConfig, world: int) -> None:
+    """Every rank needs a row of every global batch.
+
+    Raises:
+        UserError: a batch has fewer rows than there are ranks.
+    """
+    for phase in Plan(config).phases[config.first_phase :]:
+        if phase.batch_rows < world:
+            raise UserError(
+                f"batch.global_batch_size of phase {phase.name!r} is {phase.batch_rows} rows, fewer than the {world} "
+                f"ranks; start at most {phase.batch_rows} (NPROC={phase.batch_rows}) or enlarge the batch"
+            )
+
+
+def check_memory(config: RunConfig, start: Launch, machine: Machine) -> None:
+    """The model must fit.
+
+    Raises:
+        UserError: with the estimate and a command that would work.
+    """
+    need = estimate_memory(config, start.world).total
+    on_this_machine = need if machine.accelerators else need * start.processes
+    if on_this_machine <= machine.memory:
+        return
+    if machine.accelerators:
+        ranks = ranks_that_fit(config, machine.memory)
+        remedy = f"{ranks} such GPUs are enough (NNODES, NPROC)" if ranks else "no number of such GPUs is enough"
+    else:
+        remedy = "it needs GPUs, or a machine with more memory"
+    raise UserError(
+        f"this model does not fit: {start.processes} rank(s) on this machine need about "
+        f"{on_this_machine / GIB if not machine.accelerators else need / GIB:.1f} GiB"
+        f"{' each' if machine.accelerators else ''}, {machine.memory / GIB:.1f} GiB are there "
+        f"({count_parameters(config.model):,} parameters, 16 bytes each for weights, gradients and Adam, and the "
+        f"activations of batch.micro_batch_size rows); {remedy}. What works here: ./run_train.sh --model.preset=debug, "
+        "or a smaller batch.micro_batch_size if the state alone fits"
+    )
+
+
+def check_disk(config: RunConfig, plan: Plan, folder: Path, resume: Resume) -> None:
+    """The kept checkpoints must fit on the disk.
+
+    Raises:
+        UserError: with the forecast.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    held = sum(f.stat().st_size for f in folder.glob("checkpoints/step-*/*")) if folder.exists() else 0
+    free = shutil.disk_usage(existing).free + held
+    count, size = disk_forecast(config, plan)
+    if size > free:
+        raise UserError(
+            f"run.output_dir: {count} checkpoints of {size / count / GIB:.2f} GiB will be kept at a time, {size / GIB:.1f} GiB "
+            f"in all, but {existing} has {free / GIB:.1f} GiB free; free some space, choose another run.output_dir, or "
+            "lower checkpoint.keep"
+        )
+
+
+def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, allow_changes: Sequence[str]) -> None:
+    """The prepared sources must be long enough, and the ones that the checkpoint was trained on.
+
+    Raises:
+        UserError: naming the source.
+    """
+    sources = {name: Source.open(Path(config.data.sources[name].path)) for name in plan.sources}
+    for phase in plan.phases[config.first_phase :]:
+        for name in phase.section.mix:
+            if sources[name].tokens < phase.sequence_length + 1:
+                raise UserError(
+                    f"data.sources.{name} holds {sources[name].tokens} tokens, fewer than one row of phase "
+                    f"{phase.name!r} ({phase.sequence_length} + 1); shorten phase.sequence_length or add text"
+                )
+    if checkpoint is not None:
+        from titan_yulan.data.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(Path(config.tokenizer.path))
+        prints = {name: source.fingerprint for name, source in sources.items()}
+        check_data(checkpoint, prints, tokenizer.fingerprint, allow_changes)
+    for name, source in sources.items():
+        end = dict(zip(plan.sources, plan.phases[-1].tapes(plan.phases[-1].rows_total), strict=True))[name]
+        if end:
+            print(f"source         {name}: {source.tokens:,} tokens, read {end / source.tokens:.2f} times by the end")
+
+
+def torchrun_command(
+    start: Launch, name: str, resolved: Path, folder: Path, allow_changes: Sequence[str], debug: bool
+) -> list[str]:
+    """The torchrun command line of one node."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={start.processes}"]
+    if start.nodes in ("1", "1:1"):
+        command += ["--standalone"]
+    else:
+        command += [
+            f"--nnodes={start.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={start.endpoint}",
+            f"--rdzv-id={name}",
+            f"--rdzv-conf=is_host={'true' if start.node_rank == 0 else 'false'}",
+        ]
+    command += [
+        f"--max-restarts={start.max_restarts}",
+        "--monitor-interval=0.2",
+        f"--log-dir={folder / 'logs'}",
+        "--tee=3",
+        f"--local-ranks-filter={start.log_rank}",
+        "--module",
+        "titan_yulan.train",
+        f"--config={resolved}",
+    ]
+    command += [f"--allow-change={key}" for key in allow_changes]
+    return command + (["--debug"] if debug else [])
+
+
+def _run(command: list[str], start: Launch, machine: Machine) -> int:
+    """Run torchrun in a session of its own and pass SIGTERM and SIGINT on to it (once, as SIGTERM)."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, machine.cores // start.processes))),
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
+        # an empty template would mean torchrun's own, longer one
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " " if start.log_rank.isdigit() else "[rank ${rank}] ",
+    }
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
+    return process.wait()
+
+
+def exit_code(folder: Path, torchrun_code: int) -> int:
+    """The exit code of the run, from its `status.json`; prints what failed."""
+    try:
+        status = json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        status = {"state": "starting", "exit_code": 1}
+    if status["state"] in ("starting", "running"):
+        print(
+            f"ERROR: the run ended without a result (torchrun: {torchrun_code}); the workers' output is in "
+            f"{folder / 'logs'}. The same command goes on from the newest checkpoint",
+            file=sys.stderr,
+        )
+        return 1
+    if status["state"] == "failed":
+        print(f"ERROR: {status.get('message', 'unknown')}", file=sys.stderr)
+    return int(status["exit_code"])

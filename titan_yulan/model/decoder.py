@@ -1,0 +1,194 @@
+"""The decoder: a Llama with the scales of YuLan-Mini (arXiv 2412.17743).
+
+With r the residual scale and every alpha a WeSaR scalar (1 where there is none):
+
+    x   = E[ids] * embedding_scale                                        [norm of the embedding]
+    x  += r * alpha_o * Attention(RMSNorm(x) * norm_scale * alpha_ln1)
+    x  += r * alpha_down * W_down SwiGLU(RMSNorm(x) * norm_scale * alpha_ln2 * alpha_gate_up)      ... for each block
+    h   = RMSNorm(x) * norm_scale * alpha_norm / logits_divisor * alpha_lm_head;  logits = h W_head^T
+
+Module names are Hugging Face's Llama names, and the scalars' names are those of the published checkpoints, so a state
+dict is already in the exchange format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.kernels.swiglu import swiglu_reference
+from titan_yulan.model.attention import Attention, AttentionContext, document_mask
+from titan_yulan.model.rotary import rotary_tables
+from titan_yulan.model.scale import Alpha, RMSNorm, add_multiple, make_alpha, multiply
+
+T = TypeVar("T")
+
+
+class MLP(nn.Module):
+    """W_down (silu(W_gate x) * W_up x), without its two scalars, which the block applies."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        return self.down_proj(swiglu_reference(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm block: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_scale = config.norm_scale
+        self.residual_factor = config.residual_factor
+        self.rounded = config.scalar_precision == "compute"
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+        self.input_layernorm_alpha = make_alpha(config, "input_layernorm_alpha")
+        self.post_attention_layernorm_alpha = make_alpha(config, "post_attention_layernorm_alpha")
+        self.gate_up_proj_alpha = make_alpha(config, "gate_up_proj_alpha")
+        self.down_proj_alpha = make_alpha(config, "down_proj_alpha")
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        normed = self.input_layernorm(x, self.norm_scale, self.input_layernorm_alpha)
+        output = self.self_attn(normed, context)
+        x = add_multiple(x, output, self.residual_factor, self.self_attn.o_proj_alpha, rounded=self.rounded)
+        normed = self.post_attention_layernorm(
+            x, self.norm_scale, self.post_attention_layernorm_alpha, self.gate_up_proj_alpha
+        )
+        output = self.mlp(normed)
+        return add_multiple(x, output, self.residual_factor, self.down_proj_alpha, rounded=self.rounded)
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_theta = config.rope_theta
+        self.rounded = config.scalar_precision == "compute"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_layernorm: nn.Module | None = None
+        if config.embedding_norm == "layer_norm":
+            self.embedding_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        elif config.embedding_norm == "rms_norm":
+            self.embedding_layernorm = RMSNorm(config)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config, upcast=True)
+        self.norm_alpha = make_alpha(config, "norm_alpha")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        causal: bool,
+        output_factors: tuple[Alpha, ...],
+    ) -> Tensor:
+        """(batch, seq) ids -> (batch, seq, hidden) final hidden states, times the output factors."""
+        x = self._embed(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        table_type = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.rope_theta, table_type)
+        context = AttentionContext(cos, sin, document_mask(document_ids, causal), causal)
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x, self.config.norm_scale, self.norm_alpha, *output_factors)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """(batch, seq) ids -> (batch, seq, hidden) in the embedding's type."""
+        x = multiply(self.embed_tokens(input_ids), self.config.embedding_scale, rounded=self.rounded)
+        if self.config.embedding_gradient_scale != 1:
+            # Adds an exact zero that carries the scaled gradient, so the forward pass is unchanged to the bit.
+            x = x.detach() + self.config.embedding_gradient_scale * (x - x.detach())
+        if isinstance(self.embedding_layernorm, RMSNorm):
+            return self.embedding_layernorm(x, self.config.norm_scale)
+        if isinstance(self.embedding_layernorm, nn.LayerNorm):
+            norm, wide = self.embedding_layernorm, torch.promote_types(x.dtype, torch.float32)
+            return functional.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), None, norm.eps).to(x.dtype)
+        return x
+
+
+class Decoder(nn.Module):
+    """A causal (or bidirectional) language model, from token ids to logits or to whatever `head` makes of them.
+
+    A tied model has no `lm_head` module at all: the head reads the embedding's weight, so nothing can untie them.
+    Fill the weights with `model.initialise.initialise`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head_alpha = make_alpha(config, "lm_head_alpha")
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        causal: bool = True,
+        head: None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        causal: bool = True,
+        *,
+        head: Callable[[Tensor, Tensor], T],
+    ) -> T: ...
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        causal: bool = True,
+        head: Callable[[Tensor, Tensor], T] | None = None,
+    ) -> Tensor | T:
+        """Run the decoder.
+
+        Args:
+            input_ids: (batch, seq) token ids.
+            position_ids: (seq,) or (batch, seq) rotary positions; None: 0 .. seq - 1.
+            document_ids: (batch, seq) integers; a token sees only tokens with its own id. None: no such limit.
+            causal: a token sees only itself and tokens before it.
+            head: called with the scaled final hidden states (batch, seq, hidden) and the head's weight (vocab, hidden)
+                inside this forward pass, where FSDP2 has the weight gathered; None gives the logits.
+
+        Returns:
+            (batch, seq, vocab) logits in the type of the weights, or what `head` returns.
+        """
+        # The head's factors join the final norm's, so that they are rounded together.
+        factors = (1.0 / self.config.logits_divisor, self.lm_head_alpha)
+        hidden = self.model(input_ids, position_ids, document_ids, causal, factors)
+        weight = self.head_weight()
+        return functional.linear(hidden, weight) if head is None else head(hidden, weight)
+
+    def head_weight(self) -> Tensor:
+        """The output head's weight, (vocab, hidden); the embedding's own when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Change the base of the rotary frequencies from the next forward pass on (a switch of context length)."""
+        self.model.rope_theta = float(theta)

@@ -1,0 +1,80 @@
+"""The record of a run: `metrics.jsonl` (a line per step), `validation.jsonl`, TensorBoard, `status.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old or the new text, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, text=True)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def write_status(folder: Path, state: str, exit_code: int, **details: Any) -> None:
+    """`status.json`: what became of the run; the launcher turns `exit_code` into its own.
+
+    state: running, finished, stopped (resumable) or failed.
+    """
+    write_atomically(folder / "status.json", json.dumps({"state": state, "exit_code": exit_code, **details}, indent=2))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; a last line that was cut off by a kill is left out."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+class JsonLines:
+    """Appends dictionaries to a file; on opening, lines of steps after `step` are dropped (they will come again)."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, lines: Iterable[dict[str, Any]]) -> None:
+        self._file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Board:
+    """TensorBoard files of a run; steps after `step` of an earlier start are purged so that curves do not double."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not everywhere installed
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def text(self, tag: str, text: str) -> None:
+        self._writer.add_text(tag, text)
+
+    def layout(self, groups: dict[str, dict[str, list]]) -> None:
+        """Which curves share a chart on the page `Custom scalars`."""
+        self._writer.add_custom_scalars(groups)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,260 @@
+"""Turns the values of finished steps into lines, files and curves; the only place where the host waits for the device.
+
+Step values stay on the device until `flush`, which fetches all of them in one copy: every `log_every` steps, before a
+validation and before a checkpoint commits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_yulan import config as configuration
+from titan_yulan.config.sections import RunConfig
+from titan_yulan.curriculum.plan import PhasePlan, Plan
+from titan_yulan.data.source import Source
+from titan_yulan.errors import RunError
+from titan_yulan.monitor.flops import FORMULA, device_peak, flops_per_token
+from titan_yulan.monitor.metrics import Board, JsonLines
+from titan_yulan.parallel.process import World
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What one step left on the device; n is the number of sources.
+
+    totals         (1 + 2n,) float32: objective, cross-entropy per source, tokens per source, summed over all ranks
+    denominator    () float32: the global denominator of the loss
+    gradient_norm  () float32, before clipping
+    fingerprint    () int64: sum of the rows' fingerprints
+    """
+
+    phase: PhasePlan
+    learning_rate: float
+    totals: Tensor
+    denominator: Tensor
+    gradient_norm: Tensor
+    fingerprint: Tensor
+
+
+class Recorder:
+    """Exists on every rank (all must see a non-finite loss at the same step); only the main rank writes and prints."""
+
+    def __init__(
+        self, config: RunConfig, plan: Plan, folder: Path, step: int, world: World, sources: list[Source]
+    ) -> None:
+        self._config, self._plan, self._folder, self._world = config, plan, folder, world
+        self._pending: list[tuple[int, StepValues]] = []
+        self._main = world.is_main
+        self._peak = device_peak(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+        self._clock, self._active, self._tokens, self._steps = time.perf_counter(), 0.0, 0, 0
+        self._waited = 0.0
+        self._shown_waited = 0.0
+        self._first_losses: dict[str, float] = {}
+        if not self._main:
+            return
+        self._metrics = JsonLines(folder / "metrics.jsonl", step)
+        self._validations = JsonLines(folder / "validation.jsonl", step)
+        text = configuration.to_toml(config)
+        (folder / "config.toml").write_text(text, encoding="utf-8")
+        self._board = Board(folder / "tensorboard", step) if config.monitor.tensorboard else None
+        if self._board:
+            self._board.text("config/toml", f"```toml\n{text}\n```")
+            names = "|".join(plan.sources)
+            self._board.layout(
+                {
+                    "losses": {
+                        "training": ["Multiline", [r"loss/train.*"]],
+                        "validation": ["Multiline", [rf"loss/val_({names})"]],
+                    },
+                    "curriculum": {
+                        "mix": ["Multiline", [r"data/share/.*"]],
+                        "learning rate": ["Multiline", ["optim/lr"]],
+                    },
+                }
+            )
+
+    def say(self, line: str) -> None:
+        if self._main:
+            print(line, flush=True)
+
+    def phase_begins(self, phase: PhasePlan, step: int) -> None:
+        """Announce a phase."""
+        shares = ", ".join(
+            f"{name} {share:.1%}" for name, share in zip(phase.sources, phase.weights, strict=True) if share
+        )
+        self.say(
+            f"phase {phase.name!r}: steps {step + 1}-{phase.end.step}, {phase.batch_rows} rows of "
+            f"{phase.sequence_length} tokens a step, mix {shares}"
+        )
+        self._clock = time.perf_counter()
+
+    def record(self, step: int, values: StepValues, waited: float) -> None:
+        """Take the values of a finished step; print and write when it is due.
+
+        Args:
+            waited: seconds that this phase's loader has kept the trainer waiting so far.
+        """
+        self._pending.append((step, values))
+        self._waited = waited
+        if step % self._config.monitor.log_every == 0 or step == values.phase.end.step:
+            line = self.flush()
+            if line is not None:
+                self._print(line, values.phase)
+
+    def flush(self) -> dict[str, Any] | None:
+        """Fetch and write all pending steps; returns the last one's line.
+
+        Raises:
+            RunError: a loss or gradient is not finite (on every rank, at the same step).
+        """
+        if not self._pending:
+            return None
+        steps = [step for step, _ in self._pending]
+        values = [value for _, value in self._pending]
+        self._pending = []
+        floats = torch.stack([torch.cat([v.totals, v.denominator[None], v.gradient_norm[None]]) for v in values])
+        prints = torch.stack([v.fingerprint for v in values])
+        rows, prints = floats.tolist(), prints.tolist()  # the one synchronisation
+        now = time.perf_counter()
+        self._active += now - self._clock
+        self._clock = now
+        lines = [self._line(*item) for item in zip(steps, values, rows, prints, strict=True)]
+        self._tokens += sum(v.phase.batch_rows * v.phase.sequence_length for v in values)
+        self._steps += len(values)
+        bad = next((line for line in lines if not math.isfinite(line["loss"] + line["gradient_norm"])), None)
+        if self._main:
+            self._metrics.write(line for line in lines if bad is None or line["step"] <= bad["step"])
+            self._draw(lines)
+        if bad is not None:
+            raise RunError(
+                f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['gradient_norm']} are not finite. "
+                f"Nothing after the last checkpoint in {self._folder / 'checkpoints'} was saved; the same command goes "
+                "on from there. Lower optimizer.learning_rate or look at the rows: titan-yulan data show "
+                f"--config {self._folder / 'config.toml'} --step {bad['step']}"
+            )
+        return lines[-1]
+
+    def _line(self, step: int, values: StepValues, row: list[float], fingerprint: int) -> dict[str, Any]:
+        n = len(self._plan.sources)
+        objective, cross_entropy, tokens = row[0], row[1 : 1 + n], row[1 + n : 1 + 2 * n]
+        denominator, gradient_norm = row[-2:]
+        by_source = zip(self._plan.sources, cross_entropy, tokens, strict=True)
+        return {
+            "step": step,
+            "tokens": values.phase.position(step - values.phase.start.step).token,
+            "phase": values.phase.name,
+            "loss": objective / denominator,
+            "cross_entropy": sum(cross_entropy) / denominator,
+            "gradient_norm": gradient_norm,
+            "learning_rate": values.learning_rate,
+            "batch_fingerprint": f"{fingerprint % (1 << 64):016x}",
+            "source_loss": {name: loss / count for name, loss, count in by_source if count},
+            "source_tokens": {name: int(count) for name, count in zip(self._plan.sources, tokens, strict=True)},
+        }
+
+    def _draw(self, lines: list[dict[str, Any]]) -> None:
+        if not self._board:
+            return
+        for line in lines:
+            total = sum(line["source_tokens"].values()) or 1
+            self._board.scalars(
+                line["step"],
+                {
+                    "loss/train": line["loss"],
+                    "optim/lr": line["learning_rate"],
+                    "optim/grad_norm": line["gradient_norm"],
+                    "progress/tokens": line["tokens"],
+                    **{f"loss/train_{name}": loss for name, loss in line["source_loss"].items()},
+                    **{f"data/share/{name}": count / total for name, count in line["source_tokens"].items()},
+                },
+            )
+
+    def _print(self, line: dict[str, Any], phase: PhasePlan) -> None:
+        step, end = line["step"], self._plan.end.step
+        rate = self._tokens / max(self._active, 1e-9)
+        seconds_left = (self._plan.end.token - line["tokens"]) / max(rate, 1e-9)
+        mfu = None
+        if self._peak:
+            mfu = 100 * rate * flops_per_token(self._config.model, phase.sequence_length) / (
+                self._peak * self._world.size
+            )
+        waited = max(self._waited - self._shown_waited, 0.0) if self._waited >= self._shown_waited else self._waited
+        self._shown_waited = self._waited
+        self.say(
+            f"step {step}/{end}  loss {line['loss']:.4f}  gnorm {line['gradient_norm']:.3f}  "
+            f"lr {line['learning_rate']:.3e}  {_short(rate)} tok/s  "
+            f"mfu {'n/a' if mfu is None else f'{mfu:.1f}%'}  eta {_clock(seconds_left)}"
+        )
+        if self._main and self._board:
+            scalars = {"perf/tokens_per_s": rate, "data/wait_percent": 100 * waited / max(self._active, 1e-9)}
+            if mfu is not None:
+                scalars["perf/mfu_percent"] = mfu
+            if self._world.device.type == "cuda":
+                scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            self._board.scalars(step, scalars)
+        self._active, self._tokens, self._steps = 0.0, 0, 0
+
+    def validation(self, step: int, sums: Tensor, tokens: Tensor) -> None:
+        """Record validation losses from the global sums of `eval.validation`."""
+        self.flush()
+        losses = {
+            name: loss / count
+            for name, loss, count in zip(self._plan.sources, sums.tolist(), tokens.tolist(), strict=True)
+            if count
+        }
+        first = self._first_losses or losses
+        self._first_losses = first
+        parts = [
+            f"{name} {loss:.4f}" + (f" ({loss - first[name]:+.4f})" if first is not losses else "")
+            for name, loss in losses.items()
+        ]
+        self.say(f"validation at step {step}: " + "  ".join(parts))
+        if self._main:
+            position = self._plan.position(step)
+            self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
+            if self._board:
+                self._board.scalars(step, {f"loss/val_{name}": loss for name, loss in losses.items()})
+                self._board.flush()
+        self._clock = time.perf_counter()
+
+    def pause_ends(self) -> None:
+        """Time spent on a checkpoint does not count as training time."""
+        self._clock = time.perf_counter()
+
+    def sample(self, step: int, prompt: str, continuation: str) -> None:
+        """Show the sampled continuation of a finished run."""
+        self.say(f"\nsample at the end, continuing {prompt!r}:\n{prompt}{continuation}\n")
+        if self._main and self._board:
+            self._board.text("sample", f"{prompt}{continuation}")
+
+    def close(self, outcome: str) -> None:
+        """Flush everything and say where the run lives."""
+        self.flush()
+        if not self._main:
+            return
+        self._metrics.close()
+        self._validations.close()
+        if self._board:
+            self._board.close()
+        self.say(f"{outcome}: the run is in {self._folder} (MFU formula: {FORMULA})")
+        if self._board:
+            self.say(f"curves: python -m tensorboard.main --logdir {self._folder / 'tensorboard'}")
+        if outcome == "stopped":
+            self.say("to go on: the same command again")
+
+
+def _short(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

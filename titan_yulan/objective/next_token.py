@@ -1,0 +1,96 @@
+"""Next-token prediction with z-loss (PaLM, arXiv 2204.02311 section 5; YuLan-Mini uses weight 1e-4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_yulan.config.sections import ObjectiveSection
+from titan_yulan.data.loader import Batch
+from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the decoder and the loss need of one micro-batch; S is the sequence length.
+
+    input_ids     (rows, S) int64
+    targets       (rows, S) int64
+    weights       (rows, S) float32; 0 = not a target
+    position_ids  (rows, S) int64, or None: 0..S-1
+    document_ids  (rows, S) int64, or None: attention crosses documents
+    source        (rows,) int64
+    denominator   () float32, this micro-batch's part of the global denominator
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    weights: Tensor
+    position_ids: Tensor | None
+    document_ids: Tensor | None
+    source: Tensor
+    denominator: Tensor
+
+
+class LossSums(NamedTuple):
+    """Sums of one micro-batch; a global mean is the sum over all ranks over the sum of the denominators.
+
+    objective      () float32 with gradient: sum of weight * (cross-entropy + z_loss * logsumexp^2)
+    cross_entropy  (sources,) float32: sum of weight * cross-entropy for each source
+    tokens         (sources,) float32: sum of weights for each source
+    """
+
+    objective: Tensor
+    cross_entropy: Tensor
+    tokens: Tensor
+
+
+class NextToken:
+    """Predict token i + 1 from tokens 0..i."""
+
+    causal = True
+
+    def __init__(self, section: ObjectiveSection, sources: int) -> None:
+        self._section, self._sources = section, sources
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Inputs and shifted targets of a micro-batch (the last token is only a target, the first only an input)."""
+        input_ids, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        weights = batch.loss_mask[:, 1:] * batch.weight[:, None]
+        documents = batch.document_ids[:, :-1]
+        return Inputs(
+            input_ids=input_ids,
+            targets=targets,
+            weights=weights,
+            position_ids=_restarted_positions(documents) if self._section.restart_positions else None,
+            document_ids=documents if self._section.document_mask else None,
+            source=batch.source,
+            denominator=weights.sum(),
+        )
+
+    def loss(self, hidden: Tensor, head_weight: Tensor, inputs: Inputs) -> LossSums:
+        """Weighted sums over one micro-batch.
+
+        Args:
+            hidden: (rows, S, hidden) final hidden states, scaled for the head.
+            head_weight: (vocab, hidden).
+        """
+        objective, cross_entropy = linear_cross_entropy(
+            hidden.flatten(0, 1), head_weight, inputs.targets.flatten(), inputs.weights.flatten(), self._section.z_loss
+        )
+        rows = cross_entropy.view_as(inputs.weights).sum(1)
+        by_source = rows.new_zeros(2, self._sources).index_add_(
+            1, inputs.source, torch.stack([rows, inputs.weights.sum(1).to(rows.dtype)])
+        )
+        return LossSums(objective, by_source[0], by_source[1])
+
+
+def _restarted_positions(document_ids: Tensor) -> Tensor:
+    """(rows, S) positions that count from 0 in every document (a row's first document counts from the row's start)."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return places - torch.where(begins, places, 0).cummax(dim=1).values

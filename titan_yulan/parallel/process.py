@@ -1,0 +1,71 @@
+"""The process group: start, agreement between ranks, and a clean end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all ranks. `host` is a gloo group for messages between the hosts' Python code."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    host: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, value: int) -> int:
+        """The largest `value` of all ranks; never waits for the device."""
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
+        return int(tensor)
+
+
+def start(timeout: timedelta = timedelta(minutes=30)) -> World:
+    """Join the process group that torchrun describes in the environment, or make one of this process alone."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    host = dist.new_group(backend="gloo", timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh, host)
+
+
+def leave() -> None:
+    """Leave the process group after all ranks are done; only on a clean end (after an error others may be waiting in
+    a collective, and joining them here would hang)."""
+    dist.barrier()
+    dist.destroy_process_group()
+    # gloo's threads outlive the group while a DeviceMesh is alive; an interpreter that ends under them aborts
+    # (pytorch issue 190489)
+    time.sleep(0.15)
+
+
+def exit_process(code: int) -> NoReturn:
+    """End without Python's finalisation, which aborts at random when gloo's threads are alive (see `leave`)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
