@@ -100,7 +100,9 @@ def _data_verbs(verbs) -> None:
     prepare.add_argument("--on-bad-row", choices=("skip", "fail"), default="skip")
     prepare.add_argument("--workers", type=int, help="processes (default: one per core)")
     prepare.add_argument("--seed", type=int, default=0)
-    _verb(data, "inspect", "counts, hashes and first documents of a source", _data_inspect).add_argument("folder")
+    inspect = _verb(data, "inspect", "counts, hashes and first documents of a source", _data_inspect)
+    inspect.add_argument("folder")
+    inspect.add_argument("--tokenizer", help="vocabulary file, to show text instead of ids")
     show = _verb(data, "show", "the text that a step is trained on", _data_show)
     _config_option(show)
     show.add_argument("--step", type=int, required=True, help="step of the run, from 1")
@@ -194,8 +196,10 @@ def _data_prepare(options: argparse.Namespace) -> None:
 
 def _data_inspect(options: argparse.Namespace) -> None:
     from titan_yulan.data.inspect import inspect_source
+    from titan_yulan.data.tokenizer import Tokenizer
 
-    print("\n".join(inspect_source(options.folder)))
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    print("\n".join(inspect_source(options.folder, tokenizer=tokenizer)))
 
 
 def _data_show(options: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers
 from titan_yulan.checkpoint.resume import check_data, check_resume, make_plan, run_folder
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.config.values import Duration
 from titan_yulan.curriculum.plan import PhasePlan
 from titan_yulan.data.loader import Batch, Loader, fingerprint
 from titan_yulan.data.source import Source
@@ -190,8 +191,8 @@ class Trainer:
             pin_memory=self.world.device.type == "cuda",
         )
 
-    def _due(self, every, phase: PhasePlan) -> bool:
-        return every is not None and (self.step - phase.start.step) % self.plan.steps_in(every, phase) == 0
+    def _due(self, every: Duration | None, phase: PhasePlan) -> bool:
+        return every is not None and (self.step - phase.start.step) % phase.steps_in(every) == 0
 
     def _dry_run(self) -> None:
         """Forward and backward on made-up rows in the shape of every phase to come, so that an error of memory or

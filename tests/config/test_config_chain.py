@@ -51,12 +51,16 @@ def test_an_empty_after_cuts_the_chain(tmp_path: Path) -> None:
 def test_after_in_a_cycle_or_of_a_missing_or_wrong_file(tmp_path: Path) -> None:
     last = chain(tmp_path)
     write(tmp_path, "p1.toml", 'extends = "base.toml"\n' + phase("phase1", 'after = "p3.toml"'))
-    with pytest.raises(UserError, match=r"^p1\.toml:8: phase\.after: cycle p3\.toml -> p2\.toml -> p1\.toml -> p3\.toml; rem"):
+    with pytest.raises(
+        UserError, match=r"^p1\.toml:8: phase\.after: cycle p3\.toml -> p2\.toml -> p1\.toml -> p3\.toml; rem"
+    ):
         load(last)
     write(tmp_path, "p1.toml", 'extends = "base.toml"\n' + phase("phase1", 'after = "p0.toml"'))
     with pytest.raises(UserError, match=r"^p1\.toml:8: phase\.after: p0\.toml does not exist"):
         load(last)
-    with pytest.raises(UserError, match=r"^p2\.toml:8: phase\.after: base\.toml is no phase file; name a file with one"):
+    with pytest.raises(
+        UserError, match=r"^p2\.toml:8: phase\.after: base\.toml is no phase file; name a file with one"
+    ):
         load(write(tmp_path, "p2.toml", 'extends = "base.toml"\n' + phase("phase2", 'after = "base.toml"')))
 
 
@@ -81,7 +85,9 @@ def test_a_batch_of_its_own_belongs_below_phase(tmp_path: Path) -> None:
     last = chain(tmp_path, 2)
     write(tmp_path, "base1.toml", BASE.replace("micro_batch_size = 2", "micro_batch_size = 4"))
     write(tmp_path, "p1.toml", 'extends = "base1.toml"\n' + phase("phase1"))
-    with pytest.raises(UserError, match=r"batch\.micro_batch_size: 2 here, 4 in base1\.toml:21; write it in \[phase\.batch\]"):
+    with pytest.raises(
+        UserError, match=r"batch\.micro_batch_size: 2 here, 4 in base1\.toml:21; write it in \[phase\.batch\]"
+    ):
         load(last)
     more = "[phase.batch]\nmicro_batch_size = 4\n[phase.parallel]\nreduce_dtype = 'bfloat16'"
     write(tmp_path, "p1.toml", 'extends = "base.toml"\n' + phase("phase1", more))
@@ -117,7 +123,9 @@ def test_the_order_of_a_curriculum_must_not_contradict_after(tmp_path: Path) -> 
 
 
 def test_inline_tables_and_common_keys(tmp_path: Path) -> None:
-    text = BASE + """
+    text = (
+        BASE
+        + """
 [phase]
 sequence_length = 128
 mix = {code = 1, math = 1}
@@ -132,6 +140,7 @@ sequence_length = 256
 mix = {code = 1}
 batch = {micro_batch_size = 1}
 """
+    )
     loaded = load(write(tmp_path, "a.toml", text))
     one, two = loaded.config.phases
     assert (one.sequence_length, two.sequence_length) == (128, 256)
@@ -177,12 +186,13 @@ def test_names_and_starts_in_a_curriculum(tmp_path: Path) -> None:
     [
         ("curriculum = 3", "a.toml:1: curriculum: allowed: a list of at least one phase file or [[curriculum]] table"),
         ("curriculum = []", "a.toml:1: curriculum: allowed: a list of at least one phase file or [[curriculum]] table"),
-        ("curriculum = [3]", "a.toml:1: curriculum[0]: found 3; allowed: a phase file or a table"),
+        ("curriculum = [3]", "a.toml:1: curriculum[0]: found 3 (a whole number); allowed: a phase file or a table"),
         ("first_phase = 1\n[phase]\nname='x'",
          "a.toml:1: first_phase: only a file with its whole curriculum may set it; remove it"),
-        ("first_phase = 1\ncurriculum = [{name='x'}]", "a.toml:1: first_phase: found 1; allowed: a whole number from 0 to 0"),
+        ("first_phase = 1\ncurriculum = [{name='x'}]",
+         "a.toml:1: first_phase: found 1 (a whole number); allowed: a whole number from 0 to 0"),
         ("first_phase = true\ncurriculum = [{name='x'}]",
-         "a.toml:1: first_phase: found True; allowed: a whole number from 0 to 0"),
+         "a.toml:1: first_phase: found true; allowed: a whole number from 0 to 0"),
         ("phase = 3", "a.toml:1: phase: found 3 (a whole number); allowed: a table"),
         ("[phase]\nafter = 3", "a.toml:2: phase.after: found 3 (a whole number); allowed: a string"),
     ],

@@ -10,6 +10,12 @@ from tests.config.config_texts import BASE, PHASE, write
 from titan_yulan.config import Duration, Tokens, load
 from titan_yulan.errors import UserError
 
+FOLDER = "it names a folder; allowed: letters, digits and . _ - + = @, first a letter or digit"
+SEED = "allowed: a whole number >= 0 and < 9223372036854775808"
+AMOUNT = "allowed: a number >= 0 or an amount of tokens like '1.2B'"
+PRESET = "allowed: 'yulan_mini_2b', 'llama3_8b', 'debug'; did you mean 'debug'?"
+BETAS = "allowed: a list of 2 values, each a number >= 0 and < 1"
+
 
 def errors(path: Path, *overrides: str) -> list[str]:
     with pytest.raises(UserError) as raised:
@@ -64,20 +70,20 @@ def test_six_mistakes_come_in_one_go(tmp_path: Path) -> None:
         ("--optimizer.learning_rate=fast", "found 'fast' (a string); allowed: a number > 0"),
         ("--optimizer.learning_rate=nan", "found nan (a number); allowed: a number > 0"),
         ("--optimizer.learning_rate=inf", "found inf (a number); allowed: a number > 0"),
-        ("--optimizer.betas=[0.9]", "found [0.9] (a list); allowed: a list of 2 values, each a number >= 0 and < 1"),
-        ("--optimizer.betas=0.9", "found 0.9 (a number); allowed: a list of 2 values, each a number >= 0 and < 1"),
-        ("--run.seed=1.5", "found 1.5 (a number); allowed: a whole number >= 0 and < 9.22337203685478e+18"),
-        ("--run.seed=2024-01-01", "found 2024-01-01 (a date or time); allowed: a whole number >= 0 and < 9.22337203685478e+18"),
+        ("--optimizer.betas=[0.9]", f"found [0.9] (a list); {BETAS}"),
+        ("--optimizer.betas=0.9", f"found 0.9 (a number); {BETAS}"),
+        ("--run.seed=1.5", f"found 1.5 (a number); {SEED}"),
+        ("--run.seed=2024-01-01", f"found 2024-01-01 (a date or time); {SEED}"),
         ("--run.deterministic=1", "found 1 (a whole number); allowed: true or false"),
-        ("--run.name=a/b", "found 'a/b'; it names a folder; allowed: letters, digits and . _ - + = @, first a letter or digit"),
-        ("--run.name=..", "found '..'; it names a folder; allowed: letters, digits and . _ - + = @, first a letter or digit"),
+        ("--run.name=a/b", f"found 'a/b'; {FOLDER}"),
+        ("--run.name=..", f"found '..'; {FOLDER}"),
         ("--run=3", "found 3 (a whole number); allowed: a table"),
         ("--run.nam=x", "unknown key; did you mean '--run.name'?"),
         ("--learning_rate=1", "unknown key; did you mean '--optimizer.learning_rate'?"),
         ("--optimzer.eps=1", "unknown key; did you mean '--optimizer.eps'?"),
         ("--zzz=1", "unknown key; write --section.key=value"),
         ("--optimizer.eps.x=1", "unknown key; did you mean '--optimizer.eps'?"),
-        ("--model.preset=deb", "found 'deb' (a string); allowed: 'yulan_mini_2b', 'llama3_8b', 'debug'; did you mean 'debug'?"),
+        ("--model.preset=deb", f"found 'deb' (a string); {PRESET}"),
         ("--model.num_key_value_heads=4", "4 does not divide num_attention_heads = 6"),
         ("--tokenizer.train_vocab_size=9000", "9000 exceeds model.vocab_size = 8192; lower it"),
         ("--checkpoint.every=1%", "found '1%'; a share belongs to a phase; write tokens, steps or rows"),
@@ -85,12 +91,14 @@ def test_six_mistakes_come_in_one_go(tmp_path: Path) -> None:
         ("--phase.length=10%", "found '10%'; a share of the phase itself; write tokens, steps or rows"),
         ("--phase.length=40", "found 40 (a whole number); allowed: a duration like '40B' or '1000 steps'"),
         ("--phase.length=7 rows", "'7 rows' is less than one global batch (1024 tokens); raise it"),
+        ("--phase.length=1.5 steps", "found '1.5 steps'; allowed: a whole number of steps"),
         ("--phase.length=none", "missing; required unless every amount of the mix is in tokens"),
         ("--phase.mix={}", "nothing to read; allowed: at least one source above 0"),
         ("--phase.mix={code=0}", "nothing to read; allowed: at least one source above 0"),
-        ("--phase.mix={code=1,math='1M'}", "code is a weight, math an amount of tokens; write all as weights or all as amounts"),
-        ("--phase.mix.code=-1", "found -1 (a whole number); allowed: a number >= 0 or an amount of tokens like '1.2B'"),
-        ("--phase.mix.code=true", "found true; allowed: a number >= 0 or an amount of tokens like '1.2B'"),
+        ("--phase.mix={code=1,math='1M'}",
+         "code is a weight, math an amount of tokens; write all as weights or all as amounts"),
+        ("--phase.mix.code=-1", f"found -1 (a whole number); {AMOUNT}"),
+        ("--phase.mix.code=true", f"found true; {AMOUNT}"),
         ("--phase.sequence_length=2048", "2048 exceeds model.max_position_embeddings = 1024; lower it or raise that"),
     ],
 )  # fmt: skip
@@ -101,8 +109,10 @@ def test_one_mistake_on_the_command_line(tmp_path: Path, override: str, error: s
 
 def test_tokens_of_a_batch_are_whole_rows(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", BASE.replace("global_batch_size = 8", 'global_batch_size = "1K"') + PHASE)
-    expected = "a.toml:20: batch.global_batch_size: 1K tokens are no whole rows of sequence_length = 128; write '896' or '1024'"
-    assert errors(path) == [expected]
+    assert errors(path) == [
+        "a.toml:20: batch.global_batch_size: 1K tokens are no whole rows of sequence_length = 128; "
+        "write '896' or '1024'"
+    ]
     assert load(path, ["--batch.global_batch_size='1024'"]).config.phases[0].batch.global_batch_size == Tokens(1024)
     assert errors(path, "--batch.global_batch_size='100'") == [
         "--batch.global_batch_size: 100 tokens are no whole rows of sequence_length = 128; write '128'"
@@ -113,16 +123,20 @@ def test_tokens_of_a_batch_are_whole_rows(tmp_path: Path) -> None:
     ("lr", "error"),
     [
         ("{shape = 'linear'}", "phase.lr.over: missing; required with shape \"linear\""),
-        ("[{shape = 'constant'}, {shape = 'constant'}]", "phase.lr[0].over: missing; required in every segment but the last"),
-        ("{shape = 'constant', from = 0.5, to = 1}", "phase.lr.to: 1.0 differs from from = 0.5; a constant segment has one value"),
-        ("{shape = 'constant', to = 0.5}", "phase.lr.to: 0.5 differs from from = 1.0; a constant segment has one value"),
+        ("[{shape = 'constant'}, {shape = 'constant'}]",
+         "phase.lr[0].over: missing; required in every segment but the last"),
+        ("{shape = 'constant', from = 0.5, to = 1}",
+         "phase.lr.to: 1.0 differs from from = 0.5; a constant segment has one value"),
+        ("{shape = 'constant', to = 0.5}",
+         "phase.lr.to: 0.5 differs from from = 1.0; a constant segment has one value"),
         ("{shape = 'cosine', over = '50 steps', hold_at = '51 steps'}",
          "phase.lr.hold_at: '51 steps' is past the end of the segment, over = '50 steps'; lower it"),
         ("{shape = 'cosine', over = '50%', hold_at = '51 steps'}",
          "phase.lr.hold_at: '51 steps' is past the end of the segment, over = '50%'; lower it"),
         ("{shape = 'constant', hold_at = '1%'}", "phase.lr.hold_at: has no effect without over; set over or remove it"),
         ("{shape = 'linear', over = '0 steps'}", "phase.lr.over: found '0 steps'; allowed: more than 0"),
-        ("{over = '1%'}", "phase.lr.shape: missing; required: 'constant', 'linear', 'cosine', 'quarter-cosine', '1-sqrt'"),
+        ("{over = '1%'}",
+         "phase.lr.shape: missing; required: 'constant', 'linear', 'cosine', 'quarter-cosine', '1-sqrt'"),
         ("3", "phase.lr: found 3 (a whole number); allowed: a table or a list of tables"),
         ("[3]", "phase.lr[0]: found 3 (a whole number); allowed: a table"),
     ],
@@ -138,7 +152,9 @@ def test_constant_segment_keeps_its_start(tmp_path: Path) -> None:
 
 
 def test_hold_at_may_equal_the_end(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.toml", BASE + PHASE + "lr = {shape = '1-sqrt', to = 0, over = '100%', hold_at = '100 steps'}")
+    path = write(
+        tmp_path, "a.toml", BASE + PHASE + "lr = {shape = '1-sqrt', to = 0, over = '100%', hold_at = '100 steps'}"
+    )
     assert load(path).config.phases[0].lr[0].over == Duration(1, "share")
 
 
@@ -183,8 +199,35 @@ def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
 
 
 def test_a_file_of_nothing_lists_what_is_required(tmp_path: Path) -> None:
-    found = errors(write(tmp_path, "a.toml", "[phase]\n"))
-    assert "a.toml:1: run.name: missing; required: a string" in found
-    assert "a.toml:1: data.sources: missing; required: a table" in found
-    assert "a.toml:1: batch.global_batch_size: missing; required: a whole number >= 1 or an amount of tokens like '1.2B'" in found
-    assert "a.toml:1: phase.mix: missing; required: a table" in found
+    assert errors(write(tmp_path, "a.toml", "[phase]\n")) == [
+        f"a.toml:1: {line}"
+        for line in (
+            "run.name: missing; required: a string",
+            "model: missing; required: preset, one of 'yulan_mini_2b', 'llama3_8b', 'debug', or a shape",
+            "tokenizer.path: missing; required: a string",
+            "data.sources: missing; required: a table",
+            "optimizer.learning_rate: missing; required: a number > 0",
+            "phase.name: missing; required: a string",
+            "phase.sequence_length: missing; required: a whole number >= 1",
+            "phase.mix: missing; required: a table",
+            "batch.global_batch_size: missing; required: a whole number >= 1 or an amount of tokens like '1.2B'",
+            "batch.micro_batch_size: missing; required: a whole number >= 1",
+        )
+    ]
+
+
+def test_a_section_that_is_no_table_is_one_error(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", "phase = 3\n" + BASE)
+    assert errors(path) == ["a.toml:1: phase: found 3 (a whole number); allowed: a table"]
+    path = write(tmp_path, "a.toml", BASE.replace("[batch]", "[[batch]]") + PHASE + "batch = {micro_batch_size = 1}")
+    assert errors(path)[0].startswith("a.toml:19: batch: found [{'global_batch_size': 8")
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "a.toml", "\ufeff" + BASE + PHASE)).config.run.name == "test"
+
+
+def test_amounts_must_fill_a_batch(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.toml", BASE + PHASE)
+    flags = ["--phase.length=none", "--phase.mix={code='1000'}"]
+    assert errors(path, *flags) == ["--phase.mix: '1K' is less than one global batch (1024 tokens); raise it"]

@@ -124,11 +124,13 @@ def test_sources_of_any_name_merge(tmp_path: Path) -> None:
 
 def test_extends_of_a_missing_file_and_cycles(tmp_path: Path) -> None:
     top = write(tmp_path, "top.toml", '\nextends = "no.toml"')
-    with pytest.raises(UserError, match=r"^top\.toml:2: extends: no\.toml does not exist \(/.*\); write its path relative"):
+    with pytest.raises(
+        UserError, match=r"^top\.toml:2: extends: no\.toml does not exist \(/.*\); write its path relative"
+    ):
         load(top)
     write(tmp_path, "a.toml", 'extends = "b.toml"')
     write(tmp_path, "b.toml", 'extends = ["a.toml"]')
-    with pytest.raises(UserError, match=r"^b\.toml:1: extends: cycle a\.toml -> b\.toml -> a\.toml; remove one"):
+    with pytest.raises(UserError, match=r"^b\.toml:1: extends\[0\]: cycle a\.toml -> b\.toml -> a\.toml; remove one"):
         load(tmp_path / "a.toml")
     with pytest.raises(UserError, match=r"^c\.toml:1: extends: found 3; allowed: a file name or a list of them$"):
         load(write(tmp_path, "c.toml", "extends = 3"))

@@ -111,10 +111,10 @@ def test_order_depends_on_seed_and_content_but_not_on_name_and_place(tmp_path: P
 
 
 def test_a_row_through_many_epochs_of_a_tiny_source(tmp_path: Path) -> None:
-    piece = Tape(make_source(tmp_path / "s", [[2, 3]]), seed=0).read(3, 1000)
-    assert np.bincount(np.append(piece.tokens, -1)[:-1]).tolist() == [200] * 5
-    assert (np.diff(piece.document_ids) >= 0).all()
-    assert piece.document_ids[-1] == (1002 // 5) * 2 + (0 if piece.document_ids[-1] % 2 == 0 else 1)
+    piece = Tape(make_source(tmp_path / "s", [[2, 3]]), seed=0).read(0, 1000)
+    assert np.bincount(piece.tokens).tolist() == [200] * 5
+    assert sorted(np.bincount(piece.document_ids)[:2].tolist()) == [2, 3]
+    assert np.unique(piece.document_ids).tolist() == list(range(400))
 
 
 def test_types_and_wrong_arguments(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ from titan_yulan.data.bpe import PATTERN, count_pre_tokens, train_bpe, train_fro
 from titan_yulan.data.tokenizer import Tokenizer, save_ranks
 from titan_yulan.errors import UserError
 
-TEXTS = [Path(tokenizer_module.__file__).read_text(), Path(__file__).read_text(), "The cat's 12345 naïve 日本語 hats.\n"]
+TEXTS = [
+    Path(tokenizer_module.__file__).read_text(),
+    Path(__file__).read_text(),
+    "The cat's 12345 naïve 日本語 hats.\n",
+]
 BYTES = {bytes([value]): value for value in range(256)}
 
 
@@ -95,7 +99,9 @@ def test_special_text_is_ordinary_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids) == "<|endoftext|>"
 
 
-PIECES = st.lists(st.sampled_from(["don't", " ", "  ", "\n", "\r\n", "\t", "x", "12", "日本", "é", "--", "'s", "'re ", "A"]))
+PIECES = st.lists(
+    st.sampled_from(["don't", " ", "  ", "\n", "\r\n", "\t", "x", "12", "日本", "é", "--", "'s", "'re ", "A"])
+)
 
 
 @given(PIECES.map("".join), st.integers(4, 12))

@@ -14,7 +14,7 @@ from torch import Tensor
 from titan_yulan.config.model import PRESETS, ModelConfig
 from titan_yulan.model.decoder import Decoder
 from titan_yulan.model.initialise import initialise
-from titan_yulan.model.scale import add_multiple, multiply
+from titan_yulan.model.scale import RMSNorm, add_multiple, combine, multiply
 
 SMALL = ModelConfig(
     vocab_size=23,
@@ -134,15 +134,40 @@ def test_scalars_meet_the_activation_unrounded(value: float, seed: int) -> None:
 
 
 def test_published_precision_rounds_the_scalar() -> None:
-    x, alpha = torch.ones(4, dtype=torch.bfloat16) * 16, torch.nn.Parameter(torch.tensor([0.03450327796711771]))
-    assert multiply(x.float(), alpha, rounded=False)[0].item() == pytest.approx(16 * 0.03450327796, rel=1e-6)
-    assert multiply(x, alpha, rounded=True)[0].item() == 16 * 0.034423828125
+    alpha = torch.nn.Parameter(torch.tensor([0.03450327796711771]))
+    assert float(combine((2.0, alpha.detach()), None)) == pytest.approx(2 * 0.03450327796711771, rel=1e-7)
+    assert float(combine((2.0, alpha.detach()), torch.bfloat16)) == 2 * 0.034423828125
     ids = random_ids(2, 12)
     exact, published = (
         as_mixed_precision(small_decoder(scalar_precision=precision))(ids) for precision in ("float32", "compute")
     )
     assert not torch.equal(exact, published)
     assert ((exact - published).norm() / exact.norm()).item() < 0.03
+
+
+def test_published_precision_rounds_the_norm_weight() -> None:
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact, published = (RMSNorm(dataclasses.replace(SMALL, scalar_precision=name)) for name in ("float32", "compute"))
+    with torch.no_grad():
+        for norm in (exact, published):
+            norm.weight.copy_(torch.linspace(0.5, 1.5, 32))
+        assert not torch.equal(published(x), exact(x))
+        exact.weight.copy_(exact.weight.bfloat16())
+        assert torch.equal(published(x), exact(x))
+
+
+def test_only_the_final_gemma_norm_rounds_once() -> None:
+    decoder = small_decoder(rms_norm_style="gemma")
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.linspace(-0.5, 0.5, 32)
+    expected = torch.nn.functional.rms_norm(x.double(), (32,), 1 + weight.double(), 1e-6)
+    once = {}
+    for name in ("norm", "layers.0.input_layernorm"):
+        norm = decoder.model.get_submodule(name)
+        with torch.no_grad():
+            next(norm.parameters()).copy_(weight)
+            once[name] = bool(((norm(x).double() - expected).abs() <= expected.abs() * 2**-8 * 1.001).all())
+    assert once == {"norm": True, "layers.0.input_layernorm": False}
 
 
 def test_gradient_of_a_scalar_keeps_its_precision() -> None:

@@ -8,13 +8,13 @@ because one run has one model, one optimizer, one set of sources.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_yulan.config.bind import found
 from titan_yulan.config.override import Override, apply, phase_sections
-from titan_yulan.config.read import ConfigFile, Node, Origin, Problems, merge, read_file
+from titan_yulan.config.read import ConfigFile, Node, Origin, Problems, Reader, merge
 from titan_yulan.errors import UserError
 
 _NOT_RUN_LEVEL = ("phase", "curriculum", "first_phase")
@@ -38,10 +38,10 @@ class _Entry:
 
 
 class Assembler:
-    """Collects the phases of one configuration; `folder` is what origins are relative to."""
+    """Collects the phases of the configuration whose file is `top`."""
 
-    def __init__(self, top: ConfigFile, overrides: Sequence[Override], folder: Path, problems: Problems) -> None:
-        self.top, self.folder, self.problems = top, folder, problems
+    def __init__(self, top: ConfigFile, reader: Reader, overrides: Sequence[Override], problems: Problems) -> None:
+        self.top, self.reader, self.problems = top, reader, problems
         self.on_run = [o for o in overrides if o.path[0] != "phase"]
         self.on_phase = [o for o in overrides if o.path[0] == "phase"]
 
@@ -80,7 +80,7 @@ class Assembler:
             elif isinstance(element.value, dict):
                 entries.append(_Entry(element, None))
             else:
-                self.problems.add(element.origin, f"found {element.plain()!r}; allowed: a phase file or a table")
+                self.problems.add(element.origin, f"found {found(element.plain())}; allowed: a phase file or a table")
         return [_Entry(merge(common, e.table), e.file) for e in entries] if common else entries
 
     def _beside(self, node: Node) -> Path:
@@ -88,12 +88,11 @@ class Assembler:
         return ((node.origin.path.parent if node.origin.path else Path()) / str(node.value)).resolve()
 
     def _phase_file(self, path: Path, asked_by: Origin) -> _Entry:
-        file = read_file(path, self.folder, asked_by)
+        file = self.reader.read(path, asked_by)
         table = file.resolved.get("phase")
         if table is None or file.resolved.get("curriculum") is not None:
-            name = os.path.relpath(path, self.folder)
-            found = f"{asked_by.where}: {asked_by.key}: {name} is no phase file"
-            raise UserError(f"{found}; name a file with one [phase] table")
+            place = f"{asked_by.where}: {asked_by.key}"
+            raise UserError(f"{place}: {self.reader.label(path)} is no phase file; name a file with one [phase] table")
         return _Entry(table, file)
 
     def _earlier(self, first: _Entry) -> list[_Entry]:
@@ -160,7 +159,9 @@ class Assembler:
         merged = dict(table.value)
         for name, section in sections.items():
             # the section keeps its own origin: a key missing from it is reported once, not once a phase
-            merged[name] = Node(merge(section, merged[name]).value, section.origin) if name in merged else section
+            if name in merged and isinstance(section.value, dict):
+                section = Node(merge(section, merged[name]).value, section.origin)
+            merged[name] = section
         complete = apply(Node(merged, table.origin), [o for o in self.on_run if o.path[0] in sections])
         return Node(self._finish((self._with_overrides(complete) if target else complete).value), table.origin)
 
@@ -186,7 +187,9 @@ class Assembler:
         if tree.get("curriculum") is None or earlier:
             self.problems.add(node.origin, "only a file with its whole curriculum may set it; remove it")
         elif type(node.value) is not int or not 0 <= node.value < max(total, 1):
-            self.problems.add(node.origin, f"found {node.plain()!r}; allowed: a whole number from 0 to {total - 1}")
+            self.problems.add(
+                node.origin, f"found {found(node.plain())}; allowed: a whole number from 0 to {total - 1}"
+            )
         else:
             return node.value
         return earlier

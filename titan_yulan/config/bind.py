@@ -95,7 +95,7 @@ def _describe_one(kind: Any, limits: Mapping[str, Any]) -> str:
         return simple[kind]
     if kind in (int, float, Tokens):
         signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
-        bounds = " and ".join(f"{sign} {limits[name]:.15g}" for name, sign in signs if limits.get(name) is not None)
+        bounds = " and ".join(f"{sign} {limits[name]}" for name, sign in signs if limits.get(name) is not None)
         text = {int: "a whole number", float: "a number", Tokens: "an amount of tokens like '1.2B'"}[kind]
         return f"{text} {bounds}" if bounds and kind is not Tokens else text
     if typing.get_origin(kind) is tuple:
@@ -171,7 +171,7 @@ class Binder:
         if table is not None and key.name in table:
             return self._value(key.type, table[key.name], path, key.field.metadata, key.optional)
         if is_section(key.type):
-            return self.section(key.type, Node({}, above.child(key.name)), path)
+            return self.section(key.type, Node({}, above.child(key.name)), path, partial=table is None)
         if not key.required:
             return key.default
         if table is not None:

@@ -62,8 +62,18 @@ class _Check:
     def interval(self, path: KeyPath, every: Duration) -> None:
         if every.unit == "share":
             self.refuse(path, f"found '{every}'; a share belongs to a phase; write tokens, steps or rows")
-        elif every.value <= 0:
-            self.refuse(path, f"found '{every}'; allowed: more than 0")
+        else:
+            self.countable(path, every)
+
+    def countable(self, path: KeyPath, duration: Duration) -> bool:
+        """Refuse a duration of nothing, and fractions of steps or rows."""
+        if duration.value <= 0:
+            self.refuse(path, f"found '{duration}'; allowed: more than 0")
+        elif duration.unit in ("steps", "rows") and duration.value % 1:
+            self.refuse(path, f"found '{duration}'; allowed: a whole number of {duration.unit}")
+        else:
+            return True
+        return False
 
     def phase_names(self) -> None:
         first: dict[str, int] = {}
@@ -81,7 +91,11 @@ class _Check:
         self.mix(phase, path)
         self.batch(phase, path)
         if _sound(phase.length) and phase.length is not None:
-            self.length(phase, phase.length, path)
+            self.length(phase, phase.length, (*path, "length"))
+        elif _sound(phase.length, phase.mix) and phase.mix and all(isinstance(v, Tokens) for v in phase.mix.values()):
+            total = sum(amount.value for amount in phase.mix.values() if isinstance(amount, Tokens))
+            if total:
+                self.length(phase, Duration(total, "tokens"), (*path, "mix"))
         if _sound(phase.start_from) and phase.start_from and path[1] != 0:
             self.refuse((*path, "start_from"), "only the first phase of a curriculum may have it; remove it")
         if _sound(phase.lr):
@@ -128,15 +142,11 @@ class _Check:
 
     def length(self, phase: PhaseSection, length: Duration, path: KeyPath) -> None:
         if length.unit == "share":
-            self.refuse(
-                (*path, "length"), f"found '{length}'; a share of the phase itself; write tokens, steps or rows"
-            )
+            self.refuse(path, f"found '{length}'; a share of the phase itself; write tokens, steps or rows")
             return
         tokens, batch = _tokens(length, phase), _tokens(Duration(1, "steps"), phase)
-        if length.value <= 0:
-            self.refuse((*path, "length"), f"found '{length}'; allowed: more than 0")
-        elif tokens is not None and batch is not None and tokens < batch:
-            self.refuse((*path, "length"), f"'{length}' is less than one global batch ({batch:.0f} tokens); raise it")
+        if self.countable(path, length) and tokens is not None and batch is not None and tokens < batch:
+            self.refuse(path, f"'{length}' is less than one global batch ({batch:.0f} tokens); raise it")
 
     def segment(self, segment: LearningRateSegment, phase: PhaseSection, last: bool, path: KeyPath) -> None:
         over, hold, shape = segment.over, segment.hold_at, segment.shape
@@ -145,8 +155,8 @@ class _Check:
                 self.refuse((*path, "over"), "missing; required in every segment but the last")
             elif _sound(shape) and shape != "constant":
                 self.refuse((*path, "over"), f"missing; required with shape {toml_string(shape)}")
-        if _sound(over) and over is not None and over.value <= 0:
-            self.refuse((*path, "over"), f"found '{over}'; allowed: more than 0")
+        if _sound(over) and over is not None:
+            self.countable((*path, "over"), over)
         if _sound(shape, segment.from_, segment.to) and shape == "constant" and segment.from_ != segment.to:
             text = f"{segment.to} differs from from = {segment.from_}; a constant segment has one value"
             self.refuse((*path, "to"), text)

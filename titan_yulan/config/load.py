@@ -12,7 +12,7 @@ from titan_yulan.config.bind import Binder, found, is_section, keys_of, nearest
 from titan_yulan.config.check import check
 from titan_yulan.config.model import PRESETS, ModelConfig
 from titan_yulan.config.override import phase_sections, read_overrides, run_sections
-from titan_yulan.config.read import KeyPath, Node, Origin, Problems, dotted, read_file
+from titan_yulan.config.read import KeyPath, Node, Origin, Problems, Reader, dotted
 from titan_yulan.config.sections import PhaseSection, RunConfig
 
 
@@ -36,10 +36,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
         UserError: one line for each mistake, with file, line, key, what was found and what is allowed.
     """
     path = Path(path)
-    folder = path.resolve().parent
+    reader = Reader(path.resolve().parent)
     problems = Problems()
     settings = read_overrides(overrides, problems)
-    assembled = Assembler(read_file(path, folder), settings, folder, problems).assemble()
+    assembled = Assembler(reader.read(path), reader, settings, problems).assemble()
     binder = Binder(problems)
     config = _bind(assembled, binder)
     check(config, binder)
@@ -75,7 +75,11 @@ def _model(node: Node, binder: Binder) -> ModelConfig:
     """[model], with `preset` replaced by the keys it stands for, under those the file sets itself."""
     preset = node.get("preset")
     if preset is None:
-        return binder.section(ModelConfig, node, ("model",))
+        if node.value == {}:
+            binder.problems.add(
+                node.origin, f"missing; required: preset, one of {', '.join(map(repr, PRESETS))}, or a shape"
+            )
+        return binder.section(ModelConfig, node, ("model",), partial=node.value == {})
     own = {key: value for key, value in node.value.items() if key != "preset"}
     known = preset.plain() in list(PRESETS)
     if not known:

@@ -137,28 +137,40 @@ def merge(base: Node, over: Node, name: str = "") -> Node:
     return Node(merged, over.origin)
 
 
-def read_file(path: Path, folder: Path, asked_by: Origin | None = None, parents: tuple[Path, ...] = ()) -> ConfigFile:
-    """Read a file and all it extends.
+class Reader:
+    """Reads files and what they extend, each once; origins name files relative to `folder`."""
 
-    Args:
-        path: the file.
-        folder: origins name files relative to this folder.
-        asked_by: the key that names the file (`extends`, `after`, `curriculum`), for the error if it is missing.
-        parents: the files whose `extends` led here.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: dict[Path, Node] = {}
 
-    Raises:
-        UserError: a file is missing, is not TOML, or extends itself.
-    """
-    path = path.resolve()
-    if path in parents:
-        cycle = " -> ".join(os.path.relpath(p, folder) for p in (*parents[parents.index(path) :], path))
-        raise UserError(f"{asked_by.where if asked_by else path}: extends: cycle {cycle}; remove one of these links")
-    own = _read_toml(path, os.path.relpath(path, folder), asked_by)
-    base = Node({}, own.origin)
-    for link in _links(own.value.pop("extends", None)):
-        below = read_file(path.parent / link.value, folder, link.origin, (*parents, path))
-        base = merge(base, below.resolved)
-    return ConfigFile(path, own, base)
+    def read(self, path: Path, asked_by: Origin | None = None, parents: tuple[Path, ...] = ()) -> ConfigFile:
+        """Read a file and all it extends.
+
+        Args:
+            path: the file.
+            asked_by: the key that names the file (`extends`, `after`, `curriculum`), for the error if it is missing.
+            parents: the files whose `extends` led here.
+
+        Raises:
+            UserError: a file is missing, is not TOML, or extends itself.
+        """
+        path = path.resolve()
+        if asked_by and path in parents:
+            cycle = " -> ".join(self.label(p) for p in (*parents[parents.index(path) :], path))
+            raise UserError(f"{asked_by.where}: {asked_by.key}: cycle {cycle}; remove one of these links")
+        if path not in self._tables:
+            self._tables[path] = _read_toml(path, self.label(path), asked_by)
+        table = self._tables[path]
+        own = Node({key: node for key, node in table.value.items() if key != "extends"}, table.origin)
+        base = Node({}, own.origin)
+        for link in _links(table.get("extends")):
+            base = merge(base, self.read(path.parent / link.value, link.origin, (*parents, path)).resolved)
+        return ConfigFile(path, own, base)
+
+    def label(self, path: Path) -> str:
+        """How errors and origins call a file."""
+        return os.path.relpath(path, self.folder)
 
 
 def _links(extends: Node | None) -> list[Node]:
@@ -174,9 +186,9 @@ def _links(extends: Node | None) -> list[Node]:
 def _read_toml(path: Path, label: str, asked_by: Origin | None) -> Node:
     prefix = f"{asked_by.where}: {asked_by.key}: " if asked_by else ""
     try:
-        text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
-        remedy = "; write its path relative to this file" if asked_by else ""
+        remedy = "; write its path relative to this file" if asked_by and asked_by.path else ""
         raise UserError(f"{prefix}{label} does not exist ({path}){remedy}") from None
     except OSError as error:
         raise UserError(f"{prefix}{label} cannot be read: {error.strerror} ({path})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +40,7 @@ class Duration:
 
     def __str__(self) -> str:
         if self.unit == "share":
-            return f"{self.value * 100:.12g}%"
+            return _percent(self.value)
         return f"{_short(self.value)}{'' if self.unit == 'tokens' else ' ' + self.unit}"
 
 
@@ -72,4 +73,12 @@ def _short(value: float) -> str:
         text = f"{scaled:.12g}"
         if scaled >= 1 and float(text) * _SUFFIX[suffix] == value and len(text) <= 6:
             return text + suffix
-    return f"{value:.17g}"
+    return repr(value).removesuffix(".0")
+
+
+def _percent(share: float) -> str:
+    """Text that reads back as exactly `share`; value * 100 / 100 is not always value."""
+    percent = share * 100
+    near = (percent, math.nextafter(percent, math.inf), math.nextafter(percent, 0))
+    texts = [text for number in near for text in (f"{number:.12g}", repr(number))]
+    return next(text for text in texts if float(text) / 100 == share) + "%"

@@ -74,6 +74,16 @@ class PhasePlan:
         rows = step * self.batch_rows
         return Position(self.start.step + step, self.start.row + rows, self.start.token + rows * self.sequence_length)
 
+    def steps_in(self, duration: Duration) -> int:
+        """A distance such as `[checkpoint] every` in whole steps of this phase, at least 1."""
+        value = {
+            "steps": duration.value,
+            "rows": duration.value / self.batch_rows,
+            "tokens": duration.value / (self.batch_rows * self.sequence_length),
+            "share": duration.value * self.steps,
+        }[duration.unit]
+        return max(1, int(value))
+
     @cached_property
     def weights(self) -> np.ndarray:
         """Share of each source, float64 (sources,), sums to 1."""
@@ -152,17 +162,6 @@ class Plan:
     def learning_rate(self, step: int) -> float:
         """Learning rate of the optimizer step that follows `step` finished steps."""
         return self.config.optimizer.learning_rate * self._schedule(step)
-
-    def steps_in(self, duration: Duration, step: int) -> int:
-        """A distance such as `[checkpoint] every` in whole steps of the phase at `step`, at least 1."""
-        phase = self.phase_at(step)
-        value = {
-            "steps": duration.value,
-            "rows": duration.value / phase.batch_rows,
-            "tokens": duration.value / (phase.batch_rows * phase.sequence_length),
-            "share": duration.value * phase.steps,
-        }[duration.unit]
-        return max(1, int(value))
 
 
 def phase_steps(section: PhaseSection) -> int:

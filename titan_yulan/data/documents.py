@@ -26,6 +26,7 @@ from titan_yulan.data import corpus
 from titan_yulan.errors import UserError
 
 _SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
+_KEYS = ("input_ids", "messages", "text")
 _ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -172,30 +173,30 @@ def _read_jsonl(file: InputFile) -> Iterator[Document | BadRow]:
 
 
 def _read_parquet(file: InputFile) -> Iterator[Document | BadRow]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"reading {file.path} needs the package datasets: pip install datasets") from error
-    rows: Any = datasets.load_dataset("parquet", data_files=str(file.path), split="train", streaming=True)
     number = 0
-    iterator = iter(rows.with_format("arrow").iter(batch_size=1000))
-    while True:
-        try:
-            batch = next(iterator, None)
-        except Exception as error:  # pyarrow's and datasets' own errors share no base class
-            raise UserError(f"cannot read {file.path} as Parquet after row {number}: {error}") from error
-        if batch is None:
-            return
+    for batch in _parquet_batches(file):
         # Only known columns are turned into Python objects; another may be large.
-        names = [name for name in batch.column_names if name in ("input_ids", "messages", "text")]
+        names = [name for name in batch.column_names if name in _KEYS]
         columns = [_column_values(batch.column(name)) for name in names]
         for values in zip(*columns, strict=True) if columns else [()] * batch.num_rows:
             number += 1
             try:
-                row = dict(zip(names, values, strict=True)) or dict.fromkeys(batch.column_names)
-                yield parse_row(row)
+                yield parse_row(dict(zip(names, values, strict=True)) or dict.fromkeys(batch.column_names))
             except ValueError as error:
                 yield BadRow(f"{file.name}:{number}", str(error))
+
+
+def _parquet_batches(file: InputFile) -> Iterator[Any]:
+    """Arrow tables of at most 1000 rows."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"reading {file.path} needs the package datasets: pip install datasets") from error
+    try:
+        rows: Any = datasets.load_dataset("parquet", data_files=str(file.path), split="train", streaming=True)
+        yield from rows.with_format("arrow").iter(batch_size=1000)
+    except Exception as error:  # the errors of pyarrow and datasets share no base class
+        raise UserError(f"cannot read {file.path} as Parquet: {error}") from error
 
 
 def _column_values(column: Any) -> list[Any]:

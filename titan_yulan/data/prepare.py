@@ -1,7 +1,7 @@
 """Preparing a source: input files in, a folder that `Source.open` accepts out.
 
-    inputs -> units (tokens of each group of files)  -> shards (shuffled) -> renamed into place
-              OUTPUT.partial/units/                     OUTPUT.partial/training/       OUTPUT/
+    inputs -> units (tokens of each group of files)  -> shards (shuffled)       -> renamed into place
+              OUTPUT.partial/units/                     OUTPUT.partial/training/    OUTPUT/
 
 Everything that decides the result (files, tokenizer, division, order) goes into one fingerprint. It is stored with
 the unfinished work and with the source: the same request goes on where it stopped or finds its work done, another
@@ -92,10 +92,9 @@ class _Request:
         content = [FORMAT_VERSION, self.tokenizer.fingerprint, rule, files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    @property
-    def partial(self) -> Path:
-        output = self.outputs["training"]
-        return output.with_name(output.name + ".partial")
+    def partial(self, side: str) -> Path:
+        """Folder of the unfinished work for one output: beside it, so that the last rename stays on one disk."""
+        return self.outputs[side].with_name(self.outputs[side].name + ".partial")
 
 
 def prepare(
@@ -136,6 +135,8 @@ def prepare(
     output = Path(output)
     if (validation_output is None) != (validation_share == 0):
         raise UserError(f"source {name}: a held-out part needs both a folder and a share above 0; give both or neither")
+    if validation_output is not None and Path(validation_output).absolute() == output.absolute():
+        raise UserError(f"source {name}: the held-out part cannot have the folder {output} of the training part")
     files = tuple(find_inputs(inputs))
     outputs = {"training": output}
     if validation_output is not None:
@@ -168,9 +169,8 @@ def _prepare_locked(request: _Request) -> Report:
     sources = {side: _assemble(request, counts, side) for side in request.outputs}
     for side, path in request.outputs.items():
         if done[side] is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            (request.partial / side).rename(path)
-    shutil.rmtree(request.partial)
+            (request.partial(side) / side).rename(path)
+    _remove_partial(request)
     return _report(request, sources, counts, time.perf_counter() - start, reused=False)
 
 
@@ -195,21 +195,27 @@ def _finished_source(path: Path, request: _Request) -> Source | None:
 
 def _resume_or_reset(request: _Request) -> None:
     """Keep unfinished work of the same request, remove that of another."""
-    state = request.partial / "request.json"
+    state = request.partial("training") / "request.json"
     if state.exists() and json.loads(state.read_bytes()) == request.fingerprint:
-        request.say(f"source {request.name}: going on with the work in {request.partial}")
+        request.say(f"source {request.name}: going on with the work in {state.parent}")
         return
-    if request.partial.exists():
-        request.say(f"source {request.name}: removing {request.partial}, the unfinished work of another request")
-        shutil.rmtree(request.partial)
-    request.partial.mkdir(parents=True)
+    if state.parent.exists():
+        request.say(f"source {request.name}: removing {state.parent}, the unfinished work of another request")
+    _remove_partial(request)
+    state.parent.mkdir(parents=True)
     write_atomic(state, lambda file: file.write(json.dumps(request.fingerprint).encode()))
+
+
+def _remove_partial(request: _Request) -> None:
+    for side in reversed(request.outputs):  # the state of the work is in the folder of the training part: last
+        if request.partial(side).exists():
+            shutil.rmtree(request.partial(side))
 
 
 def _tokenise(request: _Request) -> list[UnitCounts]:
     units = group_files(request.files)
     job = TokeniseJob(
-        folder=request.partial / "units",
+        folder=request.partial("training") / "units",
         tokenizer=request.tokenizer,
         dtype=token_dtype(request.tokenizer.vocab_size),
         hold_out=request.hold_out,
@@ -232,9 +238,9 @@ def _tokenise(request: _Request) -> list[UnitCounts]:
 
 def _assemble(request: _Request, counts: list[UnitCounts], side: str) -> Source:
     job = AssembleJob(
-        units_folder=request.partial / "units",
+        units_folder=request.partial("training") / "units",
         counts=counts,
-        folder=request.partial / side,
+        folder=request.partial(side) / side,
         validation=side == "validation",
         dtype=token_dtype(request.tokenizer.vocab_size),
         ordered=request.ordered,
@@ -245,7 +251,7 @@ def _assemble(request: _Request, counts: list[UnitCounts], side: str) -> Source:
         bad = f" ({sum(unit.bad_rows for unit in counts)} bad rows skipped)" if side == "training" else ""
         remedy = "give other inputs" if side == "training" else "raise validation_share, or give more documents"
         raise UserError(f"source {request.name}: no document for the {side} part{bad}: {remedy}")
-    job.folder.mkdir(exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     numbered = list(enumerate(filled_buckets(job)))
     source = Source(
         path=job.folder,

@@ -184,7 +184,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is not a prepared source (it has no {DESCRIPTION}): {_remedy(path)}") from None
+        raise UserError(
+            f"{path} is not a prepared source (it has no {DESCRIPTION}): correct the path, or make it with "
+            f"'{_command(path)}'"
+        ) from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
@@ -230,5 +233,8 @@ def _shards_from_json(shards: Sequence[Mapping[str, Any]]) -> tuple[Shard, ...]:
 
 
 def _remedy(path: Path) -> str:
-    command = f"titan-yulan data prepare --name N --tokenizer FILE --output {path} INPUT..."
-    return f"delete the folder and make it with '{command}'"
+    return f"delete the folder and make it with '{_command(path)}'"
+
+
+def _command(path: Path) -> str:
+    return f"titan-yulan data prepare --name N --tokenizer FILE --output {path} INPUT..."

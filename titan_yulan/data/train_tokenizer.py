@@ -44,13 +44,12 @@ def train_tokenizer(
         say: gets progress lines.
 
     Raises:
-        UserError: an input is wrong, or there is too little text for the size.
+        UserError: an input is wrong, there is too little text for the size, or the file has another size.
     """
     output = Path(output)
     with explain_full_disk(output.parent), locked(output.with_name(f".{output.name}.lock"), say):
         if output.exists():
-            say(f"tokenizer {output}: already there")
-            return Tokenizer.load(output)
+            return _existing(output, vocab_size, say)
         start = time.perf_counter()
         counts: Counter[str] = Counter()
         sampled = 0
@@ -63,6 +62,17 @@ def train_tokenizer(
         seconds = time.perf_counter() - start
         say(f"tokenizer {output}: {vocab_size:,} entries from {sampled / 1e6:.1f} MB of text, {seconds:.1f} s")
         return Tokenizer.load(output)
+
+
+def _existing(output: Path, vocab_size: int, say: Say) -> Tokenizer:
+    tokenizer = Tokenizer.load(output)
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{output} exists and has {tokenizer.vocab_size} entries, not {vocab_size}: choose another output, or "
+            "delete it (and the sources made with it)"
+        )
+    say(f"tokenizer {output}: already there, {vocab_size:,} entries")
+    return tokenizer
 
 
 def _count_group(files: list[InputFile], share: int, workers: int, counts: Counter[str]) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
@@ -21,7 +23,9 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def ordered_map(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Generator[Result, None, None]:
     """`map` in `workers` processes; in this process when one is enough.
 
     Args:
@@ -39,7 +43,7 @@ def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], worke
     # Forking is fast, and safe only while no library of this process runs threads of its own.
     threaded = {"torch", "pyarrow", "datasets"} & sys.modules.keys()
     context = multiprocessing.get_context("spawn" if threaded else "fork")
-    executor = ProcessPoolExecutor(min(workers, len(items)), mp_context=context)
+    executor = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_end_with_parent)
     try:
         yield from executor.map(function, items)
     except BrokenProcessPool as error:
@@ -49,3 +53,18 @@ def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], worke
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: end when the parent is gone, however it ended.
+
+    A worker that outlived a killed parent would wait for work forever, and a forked one would hold the parent's locks.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            multiprocessing.connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

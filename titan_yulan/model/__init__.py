@@ -1,0 +1,6 @@
+"""The decoder and its configuration."""
+
+from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.model.decoder import Decoder
+
+__all__ = ["PRESETS", "Decoder", "ModelConfig"]

@@ -1,0 +1,141 @@
+"""What the trainer calls before it starts: making what is missing, refusing what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from titan_yulan.config.sections import DataSection, SourceSection, TokenizerSection
+from titan_yulan.data import ensure as ensure_module
+from titan_yulan.data.ensure import ensure_prepared
+from titan_yulan.data.source import Source
+from titan_yulan.data.tokenizer import Tokenizer
+from titan_yulan.data.train_tokenizer import train_tokenizer
+from titan_yulan.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with text for two sources."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        for file in range(30):
+            text = "".join(f"{name} number {file * line} say {line:x}\n" for line in range(20))
+            (tmp_path / name / f"{file}.txt").write_text(text)
+    return tmp_path
+
+
+def make_config(sources: dict[str, SourceSection], *, vocab_size: int = 300, model_vocab_size: int = 300) -> Any:
+    """The parts of a RunConfig that are read."""
+    return SimpleNamespace(
+        tokenizer=TokenizerSection(path="made/t.tiktoken", train_vocab_size=vocab_size),
+        data=DataSection(sources=sources),
+        model=SimpleNamespace(vocab_size=model_vocab_size),
+    )
+
+
+def section(name: str, **options: Any) -> SourceSection:
+    defaults: dict[str, Any] = {"text": (name,), "validation_path": f"made/{name}-validation", "validation_share": 0.2}
+    return SourceSection(path=f"made/{name}", **defaults | options)
+
+
+def both(**options: Any) -> dict[str, SourceSection]:
+    return {name: section(name, **options) for name in ("cats", "dogs")}
+
+
+def ensure(config: Any) -> list[str]:
+    return ensure_prepared(config, say=lambda line: None)
+
+
+def test_everything_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ensure(make_config(both()))
+    assert any("tokenizer made/t.tiktoken: 300 entries" in line for line in lines)
+    assert any(line.startswith("source dogs:") for line in lines)
+    tokenizer = Tokenizer.load("made/t.tiktoken")
+    for name in ("cats", "dogs"):
+        training, validation = Source.open(f"made/{name}"), Source.open(f"made/{name}-validation")
+        assert training.documents + validation.documents == 30
+        assert training.tokenizer_fingerprint == validation.tokenizer_fingerprint == tokenizer.fingerprint
+    monkeypatch.setattr(ensure_module, "prepare", None)
+    monkeypatch.setattr(ensure_module, "train_tokenizer", None)
+    assert ensure(make_config(both())) == []
+
+
+def test_prepared_sources_do_not_need_their_text(folder: Path) -> None:
+    ensure(make_config(both()))
+    assert ensure(make_config(both(text=()))) == []
+    assert ensure(make_config(both(text=("gone/*.txt",)))) == []
+
+
+def test_only_what_is_missing_is_made(folder: Path) -> None:
+    ensure(make_config({"cats": section("cats")}))
+    before = Path("made/cats/source.json").stat()
+    ensure(make_config(both()))
+    assert Path("made/cats/source.json").stat() == before
+    assert Source.open("made/dogs").documents > 0
+
+
+@pytest.mark.parametrize(("key", "lost"), [("path", "made/dogs"), ("validation_path", "made/dogs-validation")])
+def test_missing_source_without_text_names_key_and_command(folder: Path, key: str, lost: str) -> None:
+    ensure(make_config(both()))
+    Path(lost).rename("elsewhere")
+    with pytest.raises(UserError, match=rf"data\.sources\.dogs\.{key}: .*titan-yulan data prepare --name dogs"):
+        ensure(make_config(both(text=())))
+
+
+def test_source_of_another_tokenizer_is_refused(folder: Path) -> None:
+    ensure(make_config(both()))
+    Path("made/t.tiktoken").unlink()
+    train_tokenizer([["cats"]], "made/t.tiktoken", 300, say=lambda line: None)
+    with pytest.raises(UserError, match=r"data\.sources\.cats\.path: .*another tokenizer"):
+        ensure(make_config(both()))
+
+
+def test_vocabulary_must_fit_the_model(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size is 299.*at least 300"):
+        ensure(make_config(both(), model_vocab_size=299))
+    assert ensure(make_config(both(), model_vocab_size=512))
+
+
+def test_vocabulary_file_of_another_size_is_refused(folder: Path) -> None:
+    ensure(make_config(both()))
+    with pytest.raises(UserError, match=r"tokenizer\.train_vocab_size is 290.*300 entries"):
+        ensure(make_config(both(), vocab_size=290))
+
+
+def test_missing_tokenizer_is_refused_when_it_must_exist(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"made/t\.tiktoken.*tokenizer train"):
+        ensure(make_config(both(), vocab_size=0))
+
+
+def test_validation_without_a_share_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.sources\.cats\.validation_share is 0"):
+        ensure(make_config(both(validation_share=0.0)))
+
+
+def test_tokenizer_does_not_depend_on_workers_or_place(folder: Path) -> None:
+    made = [
+        train_tokenizer([["cats"], ["dogs"]], f"t{workers}.tiktoken", 320, workers=workers, say=lambda line: None)
+        for workers in (1, 2)
+    ]
+    Path("moved").mkdir()
+    Path("cats").rename("moved/cats")
+    made.append(train_tokenizer([["moved/cats"], ["dogs"]], "t3.tiktoken", 320, say=lambda line: None))
+    assert made[0].fingerprint == made[1].fingerprint == made[2].fingerprint
+
+
+def test_tokenizer_that_another_process_made_meanwhile_is_kept(folder: Path) -> None:
+    first = train_tokenizer([["cats"]], "t.tiktoken", 300, say=lambda line: None)
+    assert train_tokenizer([["dogs"]], "t.tiktoken", 300, say=lambda line: None).fingerprint == first.fingerprint
+    with pytest.raises(UserError, match="has 300 entries, not 310"):
+        train_tokenizer([["dogs"]], "t.tiktoken", 310, say=lambda line: None)
+
+
+def test_tokenizer_needs_text(folder: Path) -> None:
+    Path("ids.jsonl").write_text('{"input_ids": [1, 2]}')
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer([["ids.jsonl"]], "t.tiktoken", 300, say=lambda line: None)
