@@ -1,4 +1,4 @@
-"""`titan-yulan`: one sub-command per verb. Argument parsing only; every verb imports what it needs when it is called."""
+"""`titan-yulan`: one sub-command per verb. Argument parsing only; a verb imports what it needs when it is called."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ signal), so the code of this process comes from the run's `status.json`:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -140,7 +141,9 @@ def _say_plan(
 ) -> None:
     device = f"{machine.accelerators} x {machine.device}" if machine.accelerators else f"CPU, {machine.cores} cores"
     print(f"configuration  {path}")
-    print(f"machine        {device}, {machine.memory / GIB:.1f} GiB; {start.processes} processes x {start.nodes} node(s)")
+    print(
+        f"machine        {device}, {machine.memory / GIB:.1f} GiB; {start.processes} processes x {start.nodes} node(s)"
+    )
     model = config.model
     print(
         f"model          {count_parameters(model):,} parameters: {model.num_hidden_layers} layers x "
@@ -148,7 +151,7 @@ def _say_plan(
         f"vocabulary {model.vocab_size}"
     )
     need = estimate_memory(config, start.world)
-    checkpoints, size = disk_forecast(config, plan)
+    checkpoints, _ = disk_forecast(config, plan)
     print(f"memory         about {need.total / GIB:.2f} GiB a rank")
     print(f"disk           at most {checkpoints} checkpoints of {checkpoint_bytes(config) / GIB:.2f} GiB at a time")
     for phase in plan.phases[config.first_phase :]:
@@ -217,9 +220,9 @@ def check_disk(config: RunConfig, plan: Plan, folder: Path, resume: Resume) -> N
     count, size = disk_forecast(config, plan)
     if size > free:
         raise UserError(
-            f"run.output_dir: {count} checkpoints of {size / count / GIB:.2f} GiB will be kept at a time, {size / GIB:.1f} GiB "
-            f"in all, but {existing} has {free / GIB:.1f} GiB free; free some space, choose another run.output_dir, or "
-            "lower checkpoint.keep"
+            f"run.output_dir: {count} checkpoints of {size / count / GIB:.2f} GiB will be kept at a time, "
+            f"{size / GIB:.1f} GiB in all, but {existing} has {free / GIB:.1f} GiB free; free some space, choose "
+            "another run.output_dir, or lower checkpoint.keep"
         )
 
 
@@ -279,7 +282,7 @@ def torchrun_command(
 
 
 def _run(command: list[str], start: Launch, machine: Machine) -> int:
-    """Run torchrun in a session of its own and pass SIGTERM and SIGINT on to it (once, as SIGTERM)."""
+    """Run torchrun in a session of its own and pass SIGTERM and SIGINT on to the run (as SIGTERM)."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, machine.cores // start.processes))),
@@ -290,8 +293,20 @@ def _run(command: list[str], start: Launch, machine: Machine) -> int:
     }
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
+        signal.signal(number, lambda *_: _stop(process))
     return process.wait()
+
+
+def _stop(torchrun: subprocess.Popen) -> None:
+    """Ask the workers to save and end. They are asked directly: torchrun would pass the signal on as well, but then
+    report a failure with a traceback although every worker ended well."""
+    try:
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    except OSError:
+        workers = []
+    for pid in workers or [str(torchrun.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
 
 
 def exit_code(folder: Path, torchrun_code: int) -> int:

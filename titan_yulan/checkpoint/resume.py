@@ -57,12 +57,11 @@ def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
-    elif start_from:
+        return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
+    if start_from:
         state = layout.open_checkpoint(Path(start_from)).state()
-        origin = {"step": state.step, "row": state.row, "token": state.token, "tapes": state.tapes}
-    else:
-        return Plan(config)
-    return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
+        return Plan(config, Position(state.step, state.row, state.token), state.tapes)
+    return Plan(config)
 
 
 def check_resume(

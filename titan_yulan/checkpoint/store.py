@@ -78,12 +78,11 @@ class _HashingFileSystem(FileSystem):
 class _HashingWriter(FileSystemWriter):
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=True)
-        self.fs = _HashingFileSystem()
+        self.hashing = _HashingFileSystem()
+        self.fs = self.hashing
 
 
-def save(
-    folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml: str, world: World, keep: int
-) -> Path:
+def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml: str, world: World, keep: int) -> Path:
     """Write a checkpoint of `state.step`; on return it is complete and durable on all ranks' view of the disk.
 
     Args:
@@ -103,7 +102,7 @@ def save(
         error = _attempt(world, lambda: dcp.save(tensors, storage_writer=writer, process_group=world.host))
     if error is None:
         written: list[dict | None] = [None] * world.size
-        dist.all_gather_object(written, writer.fs.files, group=world.host)
+        dist.all_gather_object(written, writer.hashing.files, group=world.host)
         files = {name: summary for part in written if part for name, summary in part.items()}
         error = _attempt(world, lambda: layout.commit(path, files, state, config_toml) if world.is_main else None)
     if error is not None:

@@ -37,7 +37,9 @@ class SourceSection:
     """`[data.sources.NAME]`: one named stream of tokens."""
 
     path: str = setting(help="folder of the prepared source (the one that holds source.json)")
-    validation_path: str = setting("", "folder of the prepared held-out part; empty: no validation loss for this source")
+    validation_path: str = setting(
+        "", "folder of the prepared held-out part; empty: no validation loss for this source"
+    )
     text: tuple[str, ...] = setting(
         (), "when the folder is missing: prepare it from these files, globs or 'builtin:code|math|prose'"
     )
@@ -121,7 +123,9 @@ class OptimizerSection:
 
     learning_rate: float = setting(help="peak learning rate; a phase's lr multiplies it", gt=0)
     base_width: int = setting(
-        0, "muP: matrices learn at learning_rate / (hidden_size / base_width); 0: every parameter at learning_rate", ge=0
+        0,
+        "muP: matrices learn at learning_rate / (hidden_size / base_width); 0: every parameter at learning_rate",
+        ge=0,
     )
     betas: tuple[float, float] = setting((0.9, 0.95), "Adam's decay rates", ge=0, lt=1)
     eps: float = setting(1e-8, "Adam's epsilon", gt=0)

@@ -29,7 +29,9 @@ class Duration:
         """
         match = _AMOUNT.match(text)
         if not match:
-            raise ValueError(f"cannot read {text!r} as a duration; write '40B' (tokens), '1000 steps', '5000 rows' or '1%'")
+            raise ValueError(
+                f"cannot read {text!r} as a duration; write '40B' (tokens), '1000 steps', '5000 rows' or '1%'"
+            )
         number, suffix, word = match.groups()
         value = float(number.replace("_", "")) * _SUFFIX[suffix]
         if word == "%":

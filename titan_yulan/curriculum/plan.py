@@ -93,7 +93,7 @@ class PhasePlan:
     @cached_property
     def _mixture(self) -> Mixture:
         keys = [hashing.key(self.seed, "mixture", self.name, source) for source in self.sources]
-        return Mixture(self.weights, keys)
+        return Mixture(self.weights.tolist(), keys)
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows start..stop-1 of this phase: (source ids, tape positions in tokens), int64 each.
@@ -130,9 +130,7 @@ class Plan:
         stands = tuple((tapes or {}).get(name, 0) for name in self.sources)
         phases: list[PhasePlan] = []
         for index, section in enumerate(config.phases):
-            phase = PhasePlan(
-                section, index, config.run.seed, self.sources, position, phase_steps(section), stands
-            )
+            phase = PhasePlan(section, index, config.run.seed, self.sources, position, phase_steps(section), stands)
             phases.append(phase)
             position = phase.end
             if index + 1 < len(config.phases):

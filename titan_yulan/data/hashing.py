@@ -30,12 +30,12 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def bits(key: int, counters: np.ndarray) -> np.ndarray:
-    """64 random bits for each counter, uint64 of the same shape."""
+def bits(key: int | np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """64 random bits for each counter, uint64 of the same shape; one key for all, or an array with one for each."""
     return mix(np.uint64(key) + (counters.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
 
 
-def uniform(key: int, counters: np.ndarray) -> np.ndarray:
+def uniform(key: int | np.ndarray, counters: np.ndarray) -> np.ndarray:
     """A float64 in [0, 1) for each counter (53 random bits)."""
     return (bits(key, counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -178,7 +178,9 @@ class Prefetcher:
         item = self._queue.get()
         if item is self._END or isinstance(item, BaseException):
             self._queue.put(item)  # every later call ends the same way
-            raise StopIteration if item is self._END else item
+            if isinstance(item, BaseException):
+                raise item
+            raise StopIteration
         return item
 
     def __iter__(self):

@@ -53,7 +53,7 @@ def validation_loss(
     """
     start, stop = rank_rows(held_out.batch_rows, world.rank, world.size)
     numbers = np.arange(start, stop)
-    sums = None
+    sums = torch.zeros(2, len(tapes), dtype=torch.float64, device=world.device)
     for i in range(micro_batches(held_out.batch_rows, world.size, micro_batch_size)):
         part = numbers[i * micro_batch_size : (i + 1) * micro_batch_size]
         inputs = objective.inputs(read_rows(held_out, tapes, part, micro_batch_size).to(world.device))
@@ -64,7 +64,6 @@ def validation_loss(
             causal=objective.causal,
             head=partial(objective.loss, inputs=inputs),
         )
-        both = torch.stack([loss.cross_entropy, loss.tokens]).double()
-        sums = both if sums is None else sums + both
+        sums += torch.stack([loss.cross_entropy, loss.tokens])
     dist.all_reduce(sums)
     return sums[0], sums[1]

@@ -182,8 +182,11 @@ class Recorder:
         seconds_left = (self._plan.end.token - line["tokens"]) / max(rate, 1e-9)
         mfu = None
         if self._peak:
-            mfu = 100 * rate * flops_per_token(self._config.model, phase.sequence_length) / (
-                self._peak * self._world.size
+            mfu = (
+                100
+                * rate
+                * flops_per_token(self._config.model, phase.sequence_length)
+                / (self._peak * self._world.size)
             )
         waited = max(self._waited - self._shown_waited, 0.0) if self._waited >= self._shown_waited else self._waited
         self._shown_waited = self._waited

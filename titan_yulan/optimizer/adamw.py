@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,16 +23,15 @@ def build_adamw(model: nn.Module, model_config: ModelConfig, section: OptimizerS
     table = group_table(model_config, section)
     parameters = dict(model.named_parameters())
     names = assign(parameters, table)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group in table:
         members = [parameters[name] for name in names[group.name]]
         # one fused call cannot mix sharded (DTensor) and replicated (plain) tensors
-        for part in ([p for p in members if isinstance(p, DTensor)], [p for p in members if not isinstance(p, DTensor)]):
-            if part:
-                groups.append({"params": part, "weight_decay": group.weight_decay, "multiplier": group.learning_rate})
-    optimizer = torch.optim.AdamW(
-        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True
-    )
+        sharded = [p for p in members if isinstance(p, DTensor)]
+        replicated = [p for p in members if not isinstance(p, DTensor)]
+        options = {"weight_decay": group.weight_decay, "multiplier": group.learning_rate}
+        groups += [{"params": part, **options} for part in (sharded, replicated) if part]
+    optimizer = torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True)
     for parameter in parameters.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

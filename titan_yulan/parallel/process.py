@@ -51,6 +51,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     host = dist.new_group(backend="gloo", timeout=timeout)
+    if not isinstance(host, dist.ProcessGroup):
+        raise RuntimeError(f"rank {dist.get_rank()} is not in a group of all ranks")
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, host)
 
 

@@ -7,11 +7,13 @@ gradients are summed over all ranks in one all-reduce a step.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.sections import ParallelSection
@@ -20,7 +22,11 @@ from titan_yulan.model.initialise import initial_value
 from titan_yulan.parallel.process import World
 
 
-def build_decoder(config: ModelConfig, section: ParallelSection, world: World, seed: int) -> Decoder:
+class ShardedDecoder(Decoder, FSDPModule):
+    """What `fully_shard` makes of a decoder, for type checkers: it swaps the class of the module in place."""
+
+
+def build_decoder(config: ModelConfig, section: ParallelSection, world: World, seed: int) -> ShardedDecoder:
     """The decoder, sharded per block over the ranks, in float32, initialised alike for every number of ranks."""
     with torch.device("meta"):
         decoder = Decoder(config)
@@ -46,7 +52,7 @@ def build_decoder(config: ModelConfig, section: ParallelSection, world: World, s
     decoder.to_empty(device=world.device)
     for name, parameter in decoder.named_parameters():
         _fill(parameter, initial_value(name, parameter.shape, config, seed, world.device))
-    return decoder
+    return cast(ShardedDecoder, decoder)
 
 
 def is_replicated(name: str) -> bool:
@@ -64,7 +70,7 @@ def _fill(parameter: nn.Parameter, full: Tensor) -> None:
     mesh = parameter.device_mesh
     part = full
     for dim, placement in enumerate(parameter.placements):
-        if placement.is_shard():
+        if isinstance(placement, Shard):
             chunks = part.chunk(mesh.size(dim), dim=placement.dim)  # as FSDP2 cuts, uneven at the end
             index = mesh.get_local_rank(dim)
             part = chunks[index] if index < len(chunks) else part.narrow(placement.dim, 0, 0)

@@ -8,9 +8,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_yulan.config.model import count_parameters
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import Plan
-from titan_yulan.config.model import count_parameters
 
 GIB = 2**30
 _STATE_BYTES = 16  # float32 weight, gradient and Adam's two moments
@@ -85,7 +85,7 @@ def estimate_memory(config: RunConfig, world: int) -> Memory:
         memory = Memory(
             state=_STATE_BYTES * parameters // world,
             gathered=size * (embedding + 2 * block) + 4 * embedding,
-            activations=size * tokens * per_token + 3 * 4 * min(tokens * model.vocab_size, 1 << 24),
+            activations=size * tokens * per_token + 3 * 4 * min(tokens * model.vocab_size, 1 << 21),
         )
         worst = max(worst, memory, key=lambda m: m.total)
     return worst
