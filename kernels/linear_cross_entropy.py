@@ -29,6 +29,8 @@ def linear_cross_entropy(
         cross_entropy: (tokens,) weight * cross-entropy, for reports only (no gradient).
         Both in float32, or float64 if the input is.
     """
+    if not torch.is_grad_enabled():  # else autograd would still say that parameters need gradients
+        hidden, weight = hidden.detach(), weight.detach()
     objective, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, z_weight)
     return objective, cross_entropy
 

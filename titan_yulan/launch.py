@@ -288,6 +288,9 @@ def _run(command: list[str], start: Launch, machine: Machine) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, machine.cores // start.processes))),
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
+        # every restart gets a fresh store: in a shared one, ranks find the addresses of the ranks before the restart
+        # and hang when they connect (pytorch issue 135712)
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # an empty template would mean torchrun's own, longer one
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " " if start.log_rank.isdigit() else "[rank ${rank}] ",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -33,7 +34,7 @@ class Duration:
                 f"cannot read {text!r} as a duration; write '40B' (tokens), '1000 steps', '5000 rows' or '1%'"
             )
         number, suffix, word = match.groups()
-        value = float(number.replace("_", "")) * _SUFFIX[suffix]
+        value = _value(number, suffix)
         if word == "%":
             if suffix:
                 raise ValueError(f"cannot read {text!r} as a duration: a percentage takes no suffix {suffix!r}")
@@ -62,10 +63,15 @@ class Tokens:
         match = _AMOUNT.match(text)
         if not match or match.group(3) not in (None, "tokens"):
             raise ValueError(f"cannot read {text!r} as an amount of tokens; write '1.2B', '300M' or '4128768'")
-        return cls(float(match.group(1).replace("_", "")) * _SUFFIX[match.group(2)])
+        return cls(_value(match.group(1), match.group(2)))
 
     def __str__(self) -> str:
         return _short(self.value)
+
+
+def _value(number: str, suffix: str) -> float:
+    """The number that was written: in floats, 4.1 * 10**6 is less than 4,100,000, and a phase would lose a batch."""
+    return float(Decimal(number.replace("_", "")) * _SUFFIX[suffix])
 
 
 def _short(value: float) -> str:
@@ -73,7 +79,7 @@ def _short(value: float) -> str:
     for suffix in ("T", "B", "M", "K"):
         scaled = value / _SUFFIX[suffix]
         text = f"{scaled:.12g}"
-        if scaled >= 1 and float(text) * _SUFFIX[suffix] == value and len(text) <= 6:
+        if scaled >= 1 and _value(text, suffix) == value and len(text) <= 6:
             return text + suffix
     return repr(value).removesuffix(".0")
 

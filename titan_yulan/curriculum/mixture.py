@@ -34,7 +34,9 @@ class Mixture:
         self._weights = w[self._active] / w.sum()
         self._keys = np.asarray(keys, dtype=np.uint64)[self._active]
         self._sources = len(w)
-        self._cached: tuple[int, np.ndarray, np.ndarray] | None = None
+        # (window, number of its first row, source ids, row numbers), always replaced as a whole: the loader's thread
+        # and the trainer's read at the same time
+        self._cached: tuple[int, int, np.ndarray, np.ndarray] | None = None
 
     def _row_keys(self, source: np.ndarray, k: np.ndarray) -> np.ndarray:
         u = hashing.uniform(self._keys[source], k)
@@ -52,15 +54,15 @@ class Mixture:
 
     def _window(self, j: int) -> tuple[int, np.ndarray, np.ndarray]:
         """Rows with keys in [j, j+1) * _WINDOW: (number of the first one, source ids, row numbers in the source)."""
-        if self._cached is None or self._cached[0] != j:
+        cached = self._cached
+        if cached is None or cached[0] != j:
             low, high = self._counts_below(j * float(_WINDOW)), self._counts_below((j + 1) * float(_WINDOW))
             source = np.repeat(np.arange(len(self._active)), high - low)
             starts = np.repeat(low - np.concatenate(([0], np.cumsum(high - low)[:-1])), high - low)
             k = np.arange(len(source)) + starts
             order = np.lexsort((source, self._row_keys(source, k)))
-            self._cached = (j, self._active[source[order]], k[order])
-            self._first_row = int(low.sum())
-        return self._first_row, self._cached[1], self._cached[2]
+            cached = self._cached = (j, int(low.sum()), self._active[source[order]], k[order])
+        return cached[1:]
 
     def _locate(self, row: int) -> int:
         """The window that holds `row`."""

@@ -52,4 +52,5 @@ def fingerprint(tokens: np.ndarray) -> np.ndarray:
     """
     tokens = tokens.astype(np.uint64)
     places = (np.arange(tokens.shape[-1], dtype=np.uint64) + np.uint64(1)) * _POSITION
-    return mix(mix((tokens + np.uint64(1)) * _GOLDEN + places).sum(axis=-1, dtype=np.uint64))
+    # the sum stays an array: numpy warns when a scalar overflows
+    return mix(mix((tokens + np.uint64(1)) * _GOLDEN + places).sum(axis=-1, keepdims=True, dtype=np.uint64))[..., 0]

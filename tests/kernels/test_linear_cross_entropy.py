@@ -1,0 +1,138 @@
+"""The fused head and loss against torch's own cross-entropy in float64, for every size of chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from titan_yulan.kernels import linear_cross_entropy as module
+from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+
+TOKENS, VOCAB, HIDDEN = 11, 13, 5
+
+
+def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, head, targets and token weights (two of them 0), fresh and not tiny."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = 2 * torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    token_weights = torch.rand(TOKENS, generator=generator) + 0.1
+    token_weights[[2, 7]] = 0
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, token_weights
+
+
+def expected(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, z: float
+) -> tuple[Tensor, Tensor]:
+    logits = hidden.double() @ weight.double().t()
+    weights = token_weights.double()
+    losses = weights * functional.cross_entropy(logits, targets, reduction="none")
+    return (losses + z * weights * torch.logsumexp(logits, 1) ** 2).sum(), losses
+
+
+@pytest.mark.parametrize("rows_in_a_chunk", [1, 4, 10, 11, 12, 1000])
+@pytest.mark.parametrize("z", [0.0, 1e-4, 0.3])
+def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_in_a_chunk: int, z: float) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", rows_in_a_chunk * VOCAB)
+    arguments = inputs()
+    objective, cross_entropy = linear_cross_entropy(*arguments, z)
+    other_objective, other_cross_entropy = expected(*arguments, z)
+    torch.testing.assert_close(objective, other_objective, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cross_entropy, other_cross_entropy.detach(), rtol=1e-12, atol=1e-12)
+    assert not cross_entropy.requires_grad
+    gradients = torch.autograd.grad(2.5 * objective, arguments[:2])
+    other = torch.autograd.grad(2.5 * other_objective, arguments[:2])
+    torch.testing.assert_close(gradients, other, rtol=1e-11, atol=1e-12)
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * VOCAB)
+    hidden, weight, targets, token_weights = inputs()
+    torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, token_weights, 0.05)[0], (hidden, weight)
+    )
+
+
+def test_a_chunk_has_a_row_even_when_the_vocabulary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 2)
+    arguments = inputs()
+    torch.testing.assert_close(linear_cross_entropy(*arguments, 0.1)[0], expected(*arguments, 0.1)[0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_lower_precision_gives_float32_sums_and_gradients_of_its_own_type(dtype: torch.dtype, tolerance: float) -> None:
+    arguments = inputs(dtype)
+    objective, cross_entropy = linear_cross_entropy(*arguments, 1e-2)
+    assert objective.dtype == cross_entropy.dtype == torch.float32
+    reference, _ = expected(*arguments, 1e-2)
+    torch.testing.assert_close(objective.double(), reference, rtol=tolerance, atol=0)
+    objective.backward()
+    for argument, gradient in zip(arguments[:2], torch.autograd.grad(reference, arguments[:2]), strict=True):
+        assert argument.grad is not None and argument.grad.dtype == dtype
+        error = (argument.grad.double() - gradient.double()).norm() / gradient.double().norm()
+        assert error < tolerance
+
+
+def test_non_contiguous_input() -> None:
+    hidden, weight, targets, token_weights = inputs()
+    h = hidden.detach().t().contiguous().t().requires_grad_()
+    w = weight.detach().t().contiguous().t().requires_grad_()
+    assert not h.is_contiguous() and not w.is_contiguous()
+    objective, _ = linear_cross_entropy(h, w, targets, token_weights, 0.1)
+    gradients = torch.autograd.grad(objective, (h, w))
+    other = torch.autograd.grad(expected(hidden, weight, targets, token_weights, 0.1)[0], (hidden, weight))
+    torch.testing.assert_close(gradients, other, rtol=1e-11, atol=1e-12)
+
+
+def test_all_weights_zero_gives_zero_and_no_gradient() -> None:
+    hidden, weight, targets, token_weights = inputs()
+    objective, cross_entropy = linear_cross_entropy(hidden, weight, targets, token_weights * 0, 0.1)
+    objective.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert objective == 0 and not cross_entropy.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_a_token_without_weight_contributes_nothing_whatever_it_holds() -> None:
+    hidden, weight, targets, token_weights = inputs()
+    other = hidden.detach().clone()
+    other[[2, 7]] = 1e6
+    results = []
+    for h in (hidden, other.requires_grad_()):
+        objective, _ = linear_cross_entropy(h, weight, targets, token_weights, 0.1)
+        results.append((objective, *torch.autograd.grad(objective, (h, weight))))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("needed", [0, 1])
+def test_only_one_of_the_two_needs_a_gradient(needed: int) -> None:
+    arguments = list(inputs())
+    arguments[1 - needed] = arguments[1 - needed].detach()
+    objective, _ = linear_cross_entropy(*arguments, 0.1)
+    (gradient,) = torch.autograd.grad(objective, arguments[needed])
+    (other,) = torch.autograd.grad(expected(*arguments, 0.1)[0], arguments[needed])
+    torch.testing.assert_close(gradient, other, rtol=1e-11, atol=1e-12)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, targets, token_weights = inputs(torch.float32)
+    objective, _ = linear_cross_entropy(hidden * 1e4, weight, targets, token_weights, 0.0)
+    objective.backward()
+    assert torch.isfinite(objective) and hidden.grad is not None and torch.isfinite(hidden.grad).all()
+
+
+def test_no_gradients_are_computed_when_none_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation runs under no_grad over parameters that require gradients; they would cost twice the loss itself."""
+
+    def unexpected(*_: object) -> None:
+        raise AssertionError("a gradient was computed")
+
+    arguments = inputs()
+    monkeypatch.setattr(Tensor, "scatter_add_", unexpected)
+    with torch.no_grad():
+        objective, _ = linear_cross_entropy(*arguments, 0.1)
+    torch.testing.assert_close(objective, expected(*arguments, 0.1)[0].detach())
+    with pytest.raises(AssertionError, match="a gradient was computed"):
+        linear_cross_entropy(*arguments, 0.1)  # the probe works
