@@ -10,7 +10,6 @@ signal), so the code of this process comes from the run's `status.json`:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -31,7 +30,7 @@ from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.data.partition import micro_batches
 from titan_yulan.data.source import Source
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.monitor.metrics import write_atomically, write_status
+from titan_yulan.monitor.metrics import read_status, write_atomically, write_status
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -121,8 +120,8 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     write_atomically(resolved, configuration.to_toml(config))
     write_status(folder, "starting", 1)
     command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
-    code = _run(command, start, machine)
-    return exit_code(folder, code)
+    code, stopped = _run(command, start, machine)
+    return exit_code(folder, code, stopped)
 
 
 def newest_readable(folder: Path) -> Checkpoint | None:
@@ -281,7 +280,7 @@ def torchrun_command(
     return command + (["--debug"] if debug else [])
 
 
-def _run(command: list[str], start: Launch, machine: Machine) -> int:
+def _run(command: list[str], start: Launch, machine: Machine) -> tuple[int, bool]:
     """Run torchrun in a session of its own and pass SIGTERM and SIGINT on to the run (as SIGTERM)."""
     environment = {
         **os.environ,
@@ -295,9 +294,16 @@ def _run(command: list[str], start: Launch, machine: Machine) -> int:
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " " if start.log_rank.isdigit() else "[rank ${rank}] ",
     }
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    signals: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        signals.append(number)
+        _stop(process)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: _stop(process))
-    return process.wait()
+        signal.signal(number, stop)
+    code = process.wait()
+    return code, bool(signals)
 
 
 def _stop(torchrun: subprocess.Popen) -> None:
@@ -307,18 +313,23 @@ def _stop(torchrun: subprocess.Popen) -> None:
         workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     except OSError:
         workers = []
+    # no workers yet: torchrun itself, which has nothing to lose then
     for pid in workers or [str(torchrun.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGTERM)
 
 
-def exit_code(folder: Path, torchrun_code: int) -> int:
-    """The exit code of the run, from its `status.json`; prints what failed."""
-    try:
-        status = json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError):
-        status = {"state": "starting", "exit_code": 1}
-    if status["state"] in ("starting", "running"):
+def exit_code(folder: Path, torchrun_code: int, stopped: bool) -> int:
+    """The exit code of the run, from its `status.json`; prints what failed.
+
+    Args:
+        stopped: whether this process was asked to stop (the workers may have been killed before they could answer).
+    """
+    status = read_status(folder)
+    if status.get("state") in (None, "starting", "running"):
+        if stopped:
+            print("stopped before the first step could end; the same command goes on")
+            return 75
         print(
             f"ERROR: the run ended without a result (torchrun: {torchrun_code}); the workers' output is in "
             f"{folder / 'logs'}. The same command goes on from the newest checkpoint",

@@ -32,10 +32,10 @@ from titan_yulan.data.loader import Batch, Loader, fingerprint
 from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape
 from titan_yulan.data.tokenizer import Tokenizer
-from titan_yulan.errors import UserError
+from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.generate import generate
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
-from titan_yulan.monitor.metrics import write_status
+from titan_yulan.monitor.metrics import read_status, write_status
 from titan_yulan.monitor.recorder import Recorder, StepValues
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate
@@ -115,7 +115,8 @@ class Trainer:
 
     def run(self) -> str:
         """Train what is left; returns "finished" or "stopped"."""
-        self.recorder = Recorder(self.config, self.plan, self.folder, self.step, self.world, self.sources)
+        resumed = self.step if self.step > self.plan.phases[0].start.step else None
+        self.recorder = Recorder(self.config, self.plan, self.folder, resumed, self.world)
         self._dry_run()
         if self.step == self.plan.phases[0].start.step:
             self._validate()
@@ -130,7 +131,7 @@ class Trainer:
                     at_end = self.step == phase.end.step
                     if self._due(self.config.eval.every, phase) or self.step == self.plan.end.step:
                         self._validate()
-                    stopping = self.world.agree(self.stop.requested)
+                    stopping = self._agree_to_stop()
                     if at_end or stopping or self._due(self.config.checkpoint.every, phase):
                         self.save(phase)
                     if stopping:
@@ -191,6 +192,17 @@ class Trainer:
             pin_memory=self.world.device.type == "cuda",
         )
 
+    def _agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; ends the run on all ranks if the main rank cannot write its records.
+
+        Raises:
+            RunError: on every rank.
+        """
+        asked = self.world.agree(2 if self.recorder.failure else self.stop.requested)
+        if asked == 2:
+            raise RunError(self.recorder.failure or "the main rank could not write its records")
+        return asked == 1
+
     def _due(self, every: Duration | None, phase: PhasePlan) -> bool:
         return every is not None and (self.step - phase.start.step) % phase.steps_in(every) == 0
 
@@ -221,6 +233,7 @@ class Trainer:
     def save(self, phase: PhasePlan) -> None:
         """Write what is recorded, check that it is sound, then write a checkpoint."""
         self.recorder.flush()
+        self._agree_to_stop()  # a line that could not be written must not lie behind a checkpoint
         position = self.plan.position(self.step)
         tapes = phase.tapes(position.row - phase.start.row)
         first = self.plan.phases[0]
@@ -326,8 +339,8 @@ def main() -> None:
         if arguments.debug:
             traceback.print_exc()
         folder = run_folder(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_status(folder, "failed", error.exit_code, message=str(error))
+        if int(os.environ.get("RANK", "0")) == 0 or read_status(folder).get("state") != "failed":
+            write_status(folder, "failed", error.exit_code, message=str(error))
         process.exit_process(0)
     process.leave()
     process.exit_process(0)

@@ -51,7 +51,7 @@ validation_path = "{data}/{name}/validation"
 text = ["{text}"]
 validation_share = 0.2
 """
-_PHASES = """
+PHASES = """
 [[curriculum]]
 name = "stable"
 length = "16 steps"
@@ -80,7 +80,7 @@ _TEXT = {
 }
 
 
-def write_small_config(folder: Path, data: Path, output: Path, extra: str = "", phases: str = _PHASES) -> Path:
+def write_small_config(folder: Path, data: Path, output: Path, extra: str = "", phases: str = PHASES) -> Path:
     """A configuration for tests; `data` is shared between runs, `output` holds their run folders."""
     write_text(data)
     sources = "".join(_SOURCE.format(name=name, data=data, text=data / f"{name}.txt") for name in _TEXT)

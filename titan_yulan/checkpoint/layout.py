@@ -182,9 +182,13 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return leftovers
 
 
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and every end of a phase; returns what was deleted."""
-    checkpoints = find_checkpoints(folder)
+def prune(folder: Path, keep: int, step: int) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints and every end of a phase; returns what was deleted.
+
+    Checkpoints of later steps than `step`, the run's own, are damaged ones that were passed over: they are left alone
+    and do not count, else they would take the places of the sound ones.
+    """
+    checkpoints = [checkpoint for checkpoint in find_checkpoints(folder) if checkpoint.step <= step]
     deleted = []
     for checkpoint in checkpoints[:-keep]:
         try:

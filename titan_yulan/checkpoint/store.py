@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -16,24 +15,29 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState
-from titan_yulan.errors import RunError
+from titan_yulan.errors import RunError, explain_os_error
 from titan_yulan.parallel.process import World
 
 
 class _HashingFile(io.RawIOBase):
     """Passes writes on to a file and hashes them on the way. Only appends: a seek would make the hash wrong."""
 
-    def __init__(self, file: io.IOBase) -> None:
-        self._file, self._hash, self._size = file, hashlib.sha256(), 0
+    def __init__(self, file: io.IOBase, errors: list[OSError]) -> None:
+        self._file, self._hash, self._size, self._errors = file, hashlib.sha256(), 0, errors
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
         self._size += memoryview(data).nbytes
-        return self._file.write(data)  # type: ignore[attr-defined]
+        try:
+            return self._file.write(data)  # type: ignore[attr-defined]
+        except OSError as error:
+            self._errors.append(error)
+            raise
 
     def tell(self) -> int:
         return self._size
@@ -58,6 +62,7 @@ class _HashingFileSystem(FileSystem):
     def __init__(self) -> None:
         super().__init__()
         self.files: dict[str, dict] = {}
+        self.errors: list[OSError] = []  # torch.save hides them behind an error of its own
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
@@ -65,7 +70,7 @@ class _HashingFileSystem(FileSystem):
             if "w" not in mode:
                 yield stream
                 return
-            hashing = _HashingFile(stream)
+            hashing = _HashingFile(stream, self.errors)
             yield hashing
             self.files[Path(path).name] = hashing.summary()
 
@@ -93,53 +98,63 @@ def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml
         RunError: on every rank, if any rank could not write; the half-written folder is removed, nothing else is.
     """
     path = layout.step_folder(folder, state.step)
-    if world.agree(int((path / layout.MANIFEST).is_file())):
+    if world.agree(int(world.is_main and not layout.find_damage(Checkpoint(path, state.step)))):
         return path  # saved before: same run, same step, same content
-    error = _attempt(world, lambda: _prepare(path) if world.is_main else None)
+    error = _attempt(world, path, lambda: _prepare(path) if world.is_main else None)
     writer = _HashingWriter(path)
     if error is None:
-        # DCP gathers the failures of all ranks and raises on each of them
-        error = _attempt(world, lambda: dcp.save(tensors, storage_writer=writer, process_group=world.host))
+        error = _attempt(world, path, lambda: _write(tensors, writer, world))
     if error is None:
         written: list[dict | None] = [None] * world.size
         dist.all_gather_object(written, writer.hashing.files, group=world.host)
         files = {name: summary for part in written if part for name, summary in part.items()}
-        error = _attempt(world, lambda: layout.commit(path, files, state, config_toml) if world.is_main else None)
+        error = _attempt(world, path, lambda: layout.commit(path, files, state, config_toml) if world.is_main else None)
     if error is not None:
         if world.is_main and path.exists():
             shutil.rmtree(path, ignore_errors=True)
         raise RunError(f"the checkpoint of step {state.step} could not be written to {path}: {error}")
     if world.is_main:
-        layout.prune(folder, keep)
+        layout.prune(folder, keep, state.step)
     return path
 
 
 def _prepare(path: Path) -> None:
     if path.exists():
-        shutil.rmtree(path)
+        layout.remove(path)
     path.mkdir(parents=True)
 
 
-def _attempt(world: World, action: Callable[[], Any]) -> str | None:
+def _write(tensors: dict[str, Any], writer: _HashingWriter, world: World) -> None:
+    """DCP's save; it gathers the failures of all ranks and raises them on each, here only a rank's own is raised."""
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=world.host)
+    except CheckpointException as error:
+        if writer.hashing.errors:
+            raise writer.hashing.errors[0] from error
+        if world.rank in error.failures:
+            raise
+
+
+def _attempt(world: World, path: Path, action: Callable[[], Any]) -> str | None:
     """Run an action on every rank; the reason of a failure anywhere, on every rank."""
     reason = None
     try:
         action()
-    except Exception as error:
-        reason = explain(error)
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        reason = explain(error, path)
     reasons: list[str | None] = [None] * world.size
     dist.all_gather_object(reasons, reason, group=world.host)
     return next((reason for reason in reasons if reason), None)
 
 
-def explain(error: BaseException) -> str:
-    """One line about a failure to write or read; DCP wraps the ranks' own exceptions."""
+def explain(error: BaseException, path: Path) -> str:
+    """One line about a failure to write or read `path`; DCP wraps the ranks' own exceptions."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
         error = first[0] if isinstance(first, tuple) else first
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full; free some space or lower checkpoint.keep, then start the same command again"
+    if isinstance(error, OSError):
+        return explain_os_error(error, path)
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -183,8 +198,8 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.Pr
             process_group=process_group,
             no_dist=process_group is None,
         )
-    except Exception as error:
-        raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {explain(error)}") from error
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException
+        raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {explain(error, checkpoint.path)}") from error
 
 
 def _shape_differences(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -13,9 +13,13 @@ from typing import Any
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new text, never a part."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, text=True)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 def write_status(folder: Path, state: str, exit_code: int, **details: Any) -> None:
@@ -23,7 +27,24 @@ def write_status(folder: Path, state: str, exit_code: int, **details: Any) -> No
 
     state: running, finished, stopped (resumable) or failed.
     """
-    write_atomically(folder / "status.json", json.dumps({"state": state, "exit_code": exit_code, **details}, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "status.json"
+    text = json.dumps({"state": state, "exit_code": exit_code, **details}, indent=2)
+    try:
+        write_atomically(path, text)
+    except OSError:
+        # on a full disk there is no room for a second file, but there is in the block of the old one
+        with path.open("r+", encoding="utf-8") as file:
+            file.write(text)
+            file.truncate()
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What `write_status` wrote; empty if there is nothing to read."""
+    try:
+        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,9 @@ from torch import Tensor
 from titan_yulan import config as configuration
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
-from titan_yulan.data.source import Source
-from titan_yulan.errors import RunError
+from titan_yulan.errors import RunError, explain_os_error
 from titan_yulan.monitor.flops import FORMULA, device_peak, flops_per_token
-from titan_yulan.monitor.metrics import Board, JsonLines
+from titan_yulan.monitor.metrics import Board, JsonLines, read_lines
 from titan_yulan.parallel.process import World
 
 
@@ -46,9 +47,11 @@ class StepValues:
 class Recorder:
     """Exists on every rank (all must see a non-finite loss at the same step); only the main rank writes and prints."""
 
-    def __init__(
-        self, config: RunConfig, plan: Plan, folder: Path, step: int, world: World, sources: list[Source]
-    ) -> None:
+    def __init__(self, config: RunConfig, plan: Plan, folder: Path, step: int | None, world: World) -> None:
+        """
+        Args:
+            step: of the checkpoint that the run goes on from; records of later steps are dropped. None: a fresh start.
+        """
         self._config, self._plan, self._folder, self._world = config, plan, folder, world
         self._pending: list[tuple[int, StepValues]] = []
         self._main = world.is_main
@@ -57,12 +60,15 @@ class Recorder:
         self._waited = 0.0
         self._shown_waited = 0.0
         self._first_losses: dict[str, float] = {}
+        self.failure: str | None = None
         if not self._main:
             return
+        step = -1 if step is None else step
         self._metrics = JsonLines(folder / "metrics.jsonl", step)
         self._validations = JsonLines(folder / "validation.jsonl", step)
+        if lines := read_lines(folder / "validation.jsonl"):
+            self._first_losses = lines[0]["validation_loss"]
         text = configuration.to_toml(config)
-        (folder / "config.toml").write_text(text, encoding="utf-8")
         self._board = Board(folder / "tensorboard", step) if config.monitor.tensorboard else None
         if self._board:
             self._board.text("config/toml", f"```toml\n{text}\n```")
@@ -83,6 +89,14 @@ class Recorder:
     def say(self, line: str) -> None:
         if self._main:
             print(line, flush=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keeps a failure to write (a full disk) for the trainer, which ends the run on all ranks together."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or explain_os_error(error, self._folder)
 
     def phase_begins(self, phase: PhasePlan, step: int) -> None:
         """Announce a phase."""
@@ -130,8 +144,9 @@ class Recorder:
         self._steps += len(values)
         bad = next((line for line in lines if not math.isfinite(line["loss"] + line["gradient_norm"])), None)
         if self._main:
-            self._metrics.write(line for line in lines if bad is None or line["step"] <= bad["step"])
-            self._draw(lines)
+            with self._writing():
+                self._metrics.write(line for line in lines if bad is None or line["step"] <= bad["step"])
+                self._draw(lines)
         if bad is not None:
             raise RunError(
                 f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['gradient_norm']} are not finite. "
@@ -201,7 +216,8 @@ class Recorder:
                 scalars["perf/mfu_percent"] = mfu
             if self._world.device.type == "cuda":
                 scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            self._board.scalars(step, scalars)
+            with self._writing():
+                self._board.scalars(step, scalars)
         self._active, self._tokens, self._steps = 0.0, 0, 0
 
     def validation(self, step: int, sums: Tensor, tokens: Tensor) -> None:
@@ -221,10 +237,11 @@ class Recorder:
         self.say(f"validation at step {step}: " + "  ".join(parts))
         if self._main:
             position = self._plan.position(step)
-            self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
-            if self._board:
-                self._board.scalars(step, {f"loss/val_{name}": loss for name, loss in losses.items()})
-                self._board.flush()
+            with self._writing():
+                self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
+                if self._board:
+                    self._board.scalars(step, {f"loss/val_{name}": loss for name, loss in losses.items()})
+                    self._board.flush()
         self._clock = time.perf_counter()
 
     def pause_ends(self) -> None:

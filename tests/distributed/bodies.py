@@ -1,0 +1,169 @@
+"""What the ranks run. One body does everything for its number of ranks, because starting processes takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tests.curriculum.making import configuration, phase
+from titan_yulan.checkpoint import store
+from titan_yulan.checkpoint.layout import TrainerState, open_checkpoint
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.sections import ObjectiveSection, OptimizerSection, ParallelSection, RunConfig
+from titan_yulan.curriculum.plan import Plan
+from titan_yulan.data import hashing
+from titan_yulan.data.loader import Loader
+from titan_yulan.data.tape import Tape, TapeSlice
+from titan_yulan.objective.next_token import NextToken
+from titan_yulan.optimizer.adamw import build_adamw, optimizer_state
+from titan_yulan.parallel.process import World
+from titan_yulan.parallel.shard import build_decoder, sum_replicated_gradients
+from titan_yulan.train import Trainer
+
+# No size divides by 2 or 3, and of the keys' 4 rows the third of three ranks gets none.
+MODEL = ModelConfig(
+    vocab_size=13,
+    hidden_size=10,
+    intermediate_size=7,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    initializer_range=0.3,
+    embedding_scale=1.0,
+    q_proj_alpha=0.034503,
+)
+STEPS, BATCH_ROWS, MICRO_BATCH, LENGTH = 3, 7, 2, 8
+PARALLEL = ParallelSection(compute_dtype="float32")
+# a large epsilon: else Adam divides gradients near zero by themselves and shows nothing but their rounding
+OPTIMIZER = OptimizerSection(learning_rate=0.02, base_width=5, eps=1e-2, max_gradient_norm=0.5)
+
+
+class HashedTape:
+    """An endless tape of hashed tokens; some are no targets."""
+
+    def __init__(self, source: int) -> None:
+        self.source = source
+
+    def read(self, start: int, count: int) -> TapeSlice:
+        bits = hashing.bits(self.source, np.arange(start, start + count))
+        return TapeSlice((bits % np.uint64(13)).astype(np.int32), np.zeros(count, np.int64), bits % np.uint64(5) > 0, 0)
+
+
+TAPES = cast(Sequence[Tape], [HashedTape(0), HashedTape(1)])
+
+
+def run_config() -> RunConfig:
+    section = phase("a", f"{STEPS} steps", {"x": 0.6, "y": 0.4}, sequence_length=LENGTH, batch=BATCH_ROWS)
+    return configuration(section, optimizer=OPTIMIZER, objective=ObjectiveSection(z_loss=0.01))
+
+
+def make_trainer(world: World, seed: int) -> Trainer:
+    """A trainer without files: what its step needs."""
+    config = run_config()
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.world, trainer.plan, trainer.step = config, world, Plan(config), 0
+    trainer.objective = NextToken(config.objective, 2)
+    trainer.decoder = build_decoder(MODEL, PARALLEL, world, seed)
+    trainer.optimizer = build_adamw(trainer.decoder, MODEL, OPTIMIZER)
+    return trainer
+
+
+def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors, whatever part this rank holds."""
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors.items()}
+
+
+def parameters(decoder: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in decoder.named_parameters()}
+
+
+def steps_from(trainer: Trainer, first: int, world: World):
+    options = {"first_step": first, "rank": world.rank, "world": world.size, "prefetch": 2}
+    return Loader(trainer.plan.phases[0], TAPES, micro_batch_size=MICRO_BATCH, **options)
+
+
+def gradients(trainer: Trainer, world: World) -> dict[str, Tensor]:
+    """Of the first global batch, before clipping."""
+    with steps_from(trainer, 0, world) as loader:
+        inputs = [trainer.objective.inputs(batch) for batch in next(loader)]
+    denominator = torch.stack([part.denominator for part in inputs]).sum()
+    torch.distributed.all_reduce(denominator)
+    for part in inputs:
+        (trainer._forward(part).objective / denominator).backward()
+    sum_replicated_gradients(trainer.decoder)
+    found = full({n: p.grad for n, p in trainer.decoder.named_parameters() if p.grad is not None})
+    trainer.optimizer.zero_grad()
+    return found
+
+
+def train(trainer: Trainer, first: int, world: World) -> list[tuple[float, float, list[float], int]]:
+    """(loss, gradient norm, sums by source, fingerprint) of every step."""
+    recorded = []
+    with steps_from(trainer, first, world) as loader:
+        for batches in loader:
+            values = trainer._train_step(trainer.plan.phases[0], batches)
+            trainer.step += 1
+            loss = float(values.totals[0] / values.denominator)
+            recorded.append((loss, float(values.gradient_norm), values.totals[1:].tolist(), int(values.fingerprint)))
+    return recorded
+
+
+def state_of(step: int, phase_finished: bool = False) -> TrainerState:
+    return TrainerState(
+        step=step,
+        row=step * BATCH_ROWS,
+        token=0,
+        phase="a",
+        phase_finished=phase_finished,
+        tapes={},
+        sources={},
+        tokenizer="",
+        versions={},
+        origin={},
+    )
+
+
+def training(world: World, folder: Path) -> dict[str, Any]:
+    """Gradients, steps, and the checkpoint that two ranks write and any number reads."""
+    agreed = [world.agree(value) for value in (0, world.rank, 3 * (world.rank == 0))]
+    trainer = make_trainer(world, seed=3)
+    found: dict[str, Any] = {"rank": world.rank, "agreed": agreed, "bfloat16": bfloat16(world)}
+    found["initial"] = full(parameters(trainer.decoder))
+    found["gradients"] = gradients(trainer, world)
+    found["steps"] = train(trainer, 0, world)
+    replicated = {n: p for n, p in trainer.decoder.named_parameters() if not isinstance(p, DTensor)}
+    found["replicated"] = {name: parameter.detach().clone() for name, parameter in replicated.items()}
+    found["trained"] = full(trainer._tensors()["model"]) | full(optimizer_state(trainer.decoder, trainer.optimizer))
+    if world.size == 2:
+        store.save(folder, trainer._tensors(), state_of(STEPS), "", world, keep=3)
+    other = make_trainer(world, seed=4)
+    store.load(open_checkpoint(folder), other._tensors(), world.host)
+    found["loaded"] = full(other._tensors()["model"]) | full(optimizer_state(other.decoder, other.optimizer))
+    if world.size == 2:
+        other.step = trainer.step
+        found["continued"] = [train(t, 0, world) for t in (trainer, other)]
+    return found
+
+
+def bfloat16(world: World) -> dict[str, Any]:
+    """What the forward pass sees under a compute type of bfloat16."""
+    decoder = build_decoder(MODEL, ParallelSection(compute_dtype="bfloat16"), world, seed=3)
+    seen: dict[str, Any] = {}
+
+    def look(module: nn.Module, *_: object) -> None:
+        for name, parameter in module.named_parameters():
+            seen[name] = (parameter.dtype, type(parameter.data) is Tensor, parameter.detach().clone())
+
+    decoder.model.layers[0].register_forward_pre_hook(look)
+    hidden = decoder(torch.zeros(1, 4, dtype=torch.int64), head=lambda hidden, weight: hidden)
+    hidden.float().sum().backward()
+    sum_replicated_gradients(decoder)
+    grads = {n: p.grad.dtype for n, p in decoder.named_parameters() if p.grad is not None}
+    return {"seen": seen, "hidden": hidden.dtype, "gradients": grads}

@@ -1,0 +1,58 @@
+"""Saving on two ranks: failures, damage, and what is kept. The body is `saving.protocol`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+Saved = list[dict[str, Any]]
+
+
+def test_hashes_taken_while_writing_are_those_of_the_files(saved: Saved) -> None:
+    assert saved[0]["sound"] == [[], [], [], []]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_on_one_rank_is_an_error_on_every_rank_and_leaves_nothing(saved: Saved, failing: int) -> None:
+    for rank in saved:
+        outcome = rank["failures"][1 - failing]
+        assert outcome["message"].startswith("the checkpoint of step 2 could not be written to")
+        assert "File too large" in outcome["message"]  # the system's own word, not torch's
+        assert outcome["visible"] == [1] and not outcome["left"]
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(saved: Saved) -> None:
+    for rank in saved:
+        chosen, lines = rank["chosen"]
+        assert chosen == 2 and len(lines) == 2
+        assert "step-00000004 is damaged and passed over" in lines[0]
+        assert "__1_0.distcp is damaged (its SHA-256 differs" in lines[0]
+        assert "step-00000003" in lines[1] and "manifest.json cannot be read" in lines[1]
+
+
+def test_a_step_whose_checkpoint_is_damaged_is_saved_anew(saved: Saved) -> None:
+    """Else the run would go back to the checkpoint before at every start."""
+    assert dict(saved[0]["after 4"]) == {3: False, 4: False}
+
+
+def test_damaged_checkpoints_of_later_steps_take_no_place_of_those_kept(saved: Saved) -> None:
+    assert saved[0]["after 3"] == [(3, False), (4, True)]
+
+
+def test_what_is_loaded_is_what_was_saved(saved: Saved) -> None:
+    for rank in saved:
+        loaded, expected = rank["loaded"]
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_another_model_is_refused_by_name_and_shape(saved: Saved) -> None:
+    for rank in saved:
+        shape, missing = rank["wrong"]
+        assert "belongs to another model: w has shape (60001,) there and (7,) here" in shape
+        assert "other has shape missing there and (1,) here" in missing
+
+
+def test_an_empty_folder_holds_no_checkpoint(saved: Saved) -> None:
+    assert [rank["nothing"] for rank in saved] == [None, None]

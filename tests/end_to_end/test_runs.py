@@ -1,0 +1,159 @@
+"""Whole runs through the launcher, torchrun and real gloo ranks: killed, stopped, damaged, continued elsewhere."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end import harness
+from tests.end_to_end.harness import column, metrics, train, validations
+from titan_yulan.checkpoint.layout import find_checkpoints
+
+STEPS = 38
+
+
+@pytest.fixture
+def start(tmp_path, small_data):
+    """Start (or go on with) a run of the small configuration in this test's own folder."""
+    config = harness.write_small_config(tmp_path, small_data, tmp_path / "outputs")
+
+    def start(processes: int, *arguments: str, **options) -> harness.Result:
+        return train(config, processes, *arguments, **options)
+
+    return start
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "outputs" / "small"
+
+
+def same_in_every_bit(run: Path, reference: Path) -> bool:
+    return metrics(run) == metrics(reference) and validations(run) == validations(reference)
+
+
+def test_reference_has_one_line_per_step_and_learns(reference):
+    lines = metrics(reference)
+    assert column(lines, "step") == list(range(1, STEPS + 1))
+    required = {"step", "tokens", "loss", "gradient_norm", "learning_rate", "batch_fingerprint"}
+    assert all(required <= line.keys() for line in lines)
+    assert all(len(line["batch_fingerprint"]) == 16 for line in lines)
+    first, last = validations(reference)[0], validations(reference)[-1]
+    assert last["step"] == STEPS
+    assert all(last["validation_loss"][name] < loss - 0.4 for name, loss in first["validation_loss"].items())
+
+
+def test_the_same_command_on_a_complete_run_ends_at_once(reference, start, run):
+    shutil.copytree(reference, run)
+    result = start(2)
+    assert result.code == 0
+    assert "is complete" in result.output
+    assert "dry run" not in result.output
+
+
+def test_kill_9_of_a_worker_changes_no_bit(start, run, reference):
+    result = start(2, at_line="step 20/", action=harness.kill_worker)
+    assert result.code == 0, result.output
+    assert "resumed from" in result.output
+    assert same_in_every_bit(run, reference)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_another_world_size_sees_the_same_rows(processes, start, run, reference):
+    result = start(processes)
+    assert result.code == 0, result.output
+    lines, expected = metrics(run), metrics(reference)
+    assert column(lines, "batch_fingerprint") == column(expected, "batch_fingerprint")
+    for line, other in zip(lines[:20], expected[:20], strict=True):
+        assert math.isclose(line["loss"], other["loss"], rel_tol=1e-5)
+    for name, loss in validations(reference)[-1]["validation_loss"].items():
+        assert abs(validations(run)[-1]["validation_loss"][name] - loss) < 0.02
+
+
+def test_stopped_in_phase_two_and_continued_on_three_ranks_then_one(start, run, reference):
+    stopped = start(2, at_line="step 18/", action=harness.stop)
+    assert stopped.code == 75, stopped.output
+    assert "Traceback" not in stopped.output
+    after_first = metrics(run)[-1]["step"]
+    assert 18 <= after_first < STEPS
+    stopped = start(3, at_line=f"step {after_first + 2}/", action=harness.stop)
+    assert stopped.code == 75, stopped.output
+    assert f"step {after_first} of {STEPS}" in stopped.output
+    finished = start(1)
+    assert finished.code == 0, finished.output
+    assert column(metrics(run), "step") == list(range(1, STEPS + 1))
+    assert column(metrics(run), "batch_fingerprint") == column(metrics(reference), "batch_fingerprint")
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(start, run, reference):
+    stopped = start(2, at_line="step 23/", action=harness.stop)
+    assert stopped.code == 75, stopped.output
+    newest, before = find_checkpoints(run / "checkpoints")[-1], find_checkpoints(run / "checkpoints")[-2]
+    file = max(newest.path.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    finished = start(2)
+    assert finished.code == 0, finished.output
+    assert f"{newest.path} is damaged and passed over: {file} is damaged" in finished.output
+    assert f"resumed from {before.path}" in finished.output
+    assert same_in_every_bit(run, reference)
+
+
+def test_the_last_phase_can_be_made_longer_after_the_end(reference, start, run, tmp_path, small_data):
+    shutil.copytree(reference, run)
+    longer = harness.PHASES.replace('length = "8 steps"', 'length = "12 steps"')
+    longer = longer.replace('over = "8 steps"', 'over = "12 steps"')
+    config = harness.write_small_config(tmp_path, small_data, tmp_path / "outputs", phases=longer)
+    result = train(config, 2)
+    assert result.code == 0, result.output
+    assert column(metrics(run), "step") == list(range(1, STEPS + 5))
+    assert metrics(run)[:STEPS] == metrics(reference)
+
+
+def test_a_changed_past_is_refused_with_every_difference(reference, start, run):
+    shutil.copytree(reference, run)
+    result = start(2, "--run.seed=7", "--phase.length=50 steps")
+    assert result.code == 2
+    assert "run.seed: 42 -> 7" in result.output
+    assert "phase.stable.length" in result.output
+    assert "--allow-change" in result.output
+    assert "Traceback" not in result.output
+    assert metrics(run) == metrics(reference)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MiB, small enough to fill."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_at_a_save_loses_nothing(small_disk, tmp_path, small_data, reference):
+    config = harness.write_small_config(tmp_path, small_data, small_disk)
+    filler = small_disk / "filler"
+
+    def fill(_: int) -> None:
+        with open(filler, "wb") as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+
+    failed = train(config, 2, at_line="step 11/", action=fill)
+    assert failed.code == 1, failed.output
+    assert "is full; free some space" in failed.output
+    assert "Traceback" not in failed.output
+    assert [checkpoint.step for checkpoint in find_checkpoints(small_disk / "small" / "checkpoints")] == [7]
+    filler.unlink()
+    finished = train(config, 2)
+    assert finished.code == 0, finished.output
+    assert same_in_every_bit(small_disk / "small", reference)
