@@ -17,11 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (2: the request or its files are wrong, 1: failed while running)."""
     parser = _parser()
     # keys of the configuration (--section.key=value) are not options of argparse
-    options, rest = parser.parse_known_args(arguments)
-    overrides = [text for text in rest if text.startswith("--") and "." in text.split("=")[0]]
-    unknown = [text for text in rest if text not in overrides]
-    if unknown or (overrides and not getattr(options, "takes_keys", False)):
-        parser.error(f"unknown argument {(unknown or overrides)[0]!r}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [text for text in given if text.startswith("--") and "." in text.split("=")[0]]
+    options = parser.parse_args([text for text in given if text not in overrides])
+    if overrides and not getattr(options, "takes_keys", False):
+        parser.error(f"unknown argument {overrides[0]!r}: this verb reads no configuration")
     options.overrides = overrides
     try:
         return options.verb(options) or 0

@@ -10,12 +10,15 @@ signal), so the code of this process comes from the run's `status.json`:
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import importlib.metadata
+import importlib.util
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +33,8 @@ from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.data.partition import micro_batches
 from titan_yulan.data.source import Source
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.monitor.metrics import read_status, write_atomically, write_status
+from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_atomically, write_status
+from titan_yulan.parallel.orphan import end_with_parent
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -42,7 +46,7 @@ from titan_yulan.plan.memory import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-_SHUTDOWN_SECONDS = 600  # torchrun lets the workers finish their step and save before it kills them
+_SHUTDOWN_SECONDS = 120  # torchrun, when it is signalled, lets the workers finish their step and save
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     Raises:
         UserError: before anything was started.
     """
+    check_packages()
     path = configuration.find(config_name, ROOT)
     config = configuration.load(path, overrides).config
     machine = inspect_machine()
@@ -110,18 +115,53 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     if resume.complete:
         print(f"the run in {folder} is complete: step {resume.step} of {plan.end.step}; nothing to do")
         return 0
+    if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("monitor.tensorboard: the package tensorboard is missing; install it or set the key to false")
     check_batches(config, start.world)
     check_memory(config, start, machine)
     check_disk(config, plan, folder, resume)
     ensure_prepared(config)
     check_sources(config, plan, checkpoint, allow_changes)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = folder / "config.toml"
-    write_atomically(resolved, configuration.to_toml(config))
-    write_status(folder, "starting", 1)
-    command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
-    code, stopped = _run(command, start, machine)
+    with _only_start(folder, start) as lock:
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        resolved = folder / "config.toml"
+        write_atomically(resolved, configuration.to_toml(config))
+        write_status(folder, "starting", 1)
+        command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
+        code, stopped = _run(command, start, machine, folder, lock)
     return exit_code(folder, code, stopped)
+
+
+@contextlib.contextmanager
+def _only_start(folder: Path, start: Launch) -> Iterator[int]:
+    """Hold the run folder's lock, one on each node; torchrun inherits it, so that it lasts as long as the workers.
+
+    Raises:
+        UserError: another start holds it.
+    """
+    with open(folder / f".lock-{start.node_rank}", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another start is training in {folder}; wait for it, stop it, or use another run.name"
+            ) from None
+        yield file.fileno()
+
+
+def check_packages() -> None:
+    """PyTorch must be there and new enough.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("PyTorch is not installed here; ./run_train.sh sets up an environment that has it") from None
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 11):
+        raise UserError(f"PyTorch {version} is too old: 2.11 or newer is needed; ./run_train.sh can set it up")
 
 
 def newest_readable(folder: Path) -> Checkpoint | None:
@@ -162,8 +202,6 @@ def _say_plan(
             f"{micro_batches(phase.batch_rows, start.world, micro)} micro-batch(es) of {micro} a rank, {shares}"
         )
     print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
-    for notice in resume.notices:
-        print(notice)
 
 
 def check_batches(config: RunConfig, world: int) -> None:
@@ -280,8 +318,12 @@ def torchrun_command(
     return command + (["--debug"] if debug else [])
 
 
-def _run(command: list[str], start: Launch, machine: Machine) -> tuple[int, bool]:
-    """Run torchrun in a session of its own and pass SIGTERM and SIGINT on to the run (as SIGTERM)."""
+def _run(command: list[str], start: Launch, machine: Machine, folder: Path, lock: int) -> tuple[int, bool]:
+    """Run torchrun to its end; returns its exit code and whether this process was asked to stop.
+
+    A signal becomes the run's stop file, which the workers look for at every step: torchrun, told itself, would report
+    a failure although every worker ended well, and a worker that is still starting would die of the signal and be
+    started again. A second signal goes to torchrun, which ends the workers."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, machine.cores // start.processes))),
@@ -293,30 +335,22 @@ def _run(command: list[str], start: Launch, machine: Machine) -> tuple[int, bool
         # an empty template would mean torchrun's own, longer one
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " " if start.log_rank.isdigit() else "[rank ${rank}] ",
     }
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, pass_fds=[lock], preexec_fn=end_with_parent
+    )
     signals: list[int] = []
 
     def stop(number: int, _: object) -> None:
         signals.append(number)
-        _stop(process)
+        if len(signals) == 1:
+            (folder / STOP_FILE).touch()
+        else:
+            process.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     code = process.wait()
     return code, bool(signals)
-
-
-def _stop(torchrun: subprocess.Popen) -> None:
-    """Ask the workers to save and end. They are asked directly: torchrun would pass the signal on as well, but then
-    report a failure with a traceback although every worker ended well."""
-    try:
-        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    except OSError:
-        workers = []
-    # no workers yet: torchrun itself, which has nothing to lose then
-    for pid in workers or [str(torchrun.pid)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGTERM)
 
 
 def exit_code(folder: Path, torchrun_code: int, stopped: bool) -> int:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers
+from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers, step_folder
 from titan_yulan.checkpoint.resume import check_data, check_resume, make_plan, run_folder
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Duration
@@ -35,11 +35,12 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.generate import generate
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
-from titan_yulan.monitor.metrics import read_status, write_status
+from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_status
 from titan_yulan.monitor.recorder import Recorder, StepValues
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate
 from titan_yulan.parallel import process
+from titan_yulan.parallel.orphan import end_with_parent
 from titan_yulan.parallel.process import World
 from titan_yulan.parallel.shard import build_decoder, sum_replicated_gradients
 
@@ -84,6 +85,9 @@ class Trainer:
             self.say(f"resumed from {checkpoint.path}: step {self.step} of {self.plan.end.step}")
         elif config.phases[0].start_from:
             start = open_checkpoint(Path(config.phases[0].start_from))
+            if damage := store.find_damage_together(start, world):
+                raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
+            check_data(start, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
             self._load(start)
             self.say(f"started from {start.path}")
 
@@ -176,7 +180,7 @@ class Trainer:
         """Make the model what this phase needs, and say where the run is."""
         if phase.section.parallel != self.layout:
             self._build_model(phase)  # the boundary's checkpoint carries the weights over to the new layout
-            self._load(open_checkpoint(self.folder))
+            self._load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
         self.decoder.set_rope_theta(phase.section.rope_theta or self.config.model.rope_theta)
         self.recorder.phase_begins(phase, self.step)
 
@@ -198,7 +202,8 @@ class Trainer:
         Raises:
             RunError: on every rank.
         """
-        asked = self.world.agree(2 if self.recorder.failure else self.stop.requested)
+        stop = self.stop.requested or (self.world.is_main and (self.folder / STOP_FILE).exists())
+        asked = self.world.agree(2 if self.recorder.failure else int(stop))
         if asked == 2:
             raise RunError(self.recorder.failure or "the main rank could not write its records")
         return asked == 1
@@ -333,6 +338,7 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true")
     arguments = parser.parse_args()
     config = configuration.load(arguments.config).config
+    end_with_parent()
     try:
         train(config, arguments.allow_change)
     except UserError as error:
@@ -341,7 +347,8 @@ def main() -> None:
         folder = run_folder(config)
         if int(os.environ.get("RANK", "0")) == 0 or read_status(folder).get("state") != "failed":
             write_status(folder, "failed", error.exit_code, message=str(error))
-        process.exit_process(0)
+        # if only this rank failed the others wait for it: torchrun must end them
+        process.exit_process(0 if process.all_arrive() else 1)
     process.leave()
     process.exit_process(0)
 

@@ -56,7 +56,7 @@ def plain() -> dict[str, Any]:
             found["gradients"] = {n: g.clone() for n, g in grads.items()}
         norm = torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt()
         by_source = [[float(x.detach()[batch.source == s].sum()) for s in (0, 1)] for x in (losses, weights)]
-        found["steps"].append((float(loss), float(norm), by_source[0] + by_source[1]))
+        found["steps"].append((float(loss.detach()), float(norm), by_source[0] + by_source[1]))
         for gradient in grads.values():
             gradient.mul_(min(1.0, 0.5 / float(norm)))
         optimizer.step()

@@ -27,6 +27,8 @@ num_attention_heads = 3
 num_key_value_heads = 1
 head_dim = 16
 vocab_size = 1024
+[optimizer]
+base_width = 16
 [tokenizer]
 path = "{data}/tokenizer.tiktoken"
 train_vocab_size = 1024
@@ -57,7 +59,7 @@ name = "stable"
 length = "16 steps"
 sequence_length = 48
 mix = { code = 0.5, math = 0.3, prose = 0.2 }
-lr = [{ shape = "linear", from = 0.1, to = 1.0, over = "4 steps" }, { shape = "constant" }]
+lr = [{ shape = "linear", from = 0.05, to = 1.0, over = "20 steps" }, { shape = "constant" }]
 [[curriculum]]
 name = "mix"
 length = "14 steps"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -143,10 +144,11 @@ def test_a_full_disk_at_a_save_loses_nothing(small_disk, tmp_path, small_data, r
     filler = small_disk / "filler"
 
     def fill(_: int) -> None:
-        with open(filler, "wb") as file, pytest.raises(OSError, match="No space left"):
+        descriptor = os.open(filler, os.O_CREAT | os.O_WRONLY)
+        with pytest.raises(OSError, match="No space left"):
             while True:
-                file.write(bytes(4096))
-                file.flush()
+                os.write(descriptor, bytes(4096))
+        os.close(descriptor)
 
     failed = train(config, 2, at_line="step 11/", action=fill)
     assert failed.code == 1, failed.output

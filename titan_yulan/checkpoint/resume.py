@@ -18,6 +18,7 @@ from titan_yulan.errors import UserError
 # Changes that cannot alter the stream, the model or the past: always allowed.
 _FREE = (
     "first_phase",
+    "run.name",
     "run.output_dir",
     "tokenizer.path",
     "tokenizer.train_vocab_size",
@@ -35,7 +36,8 @@ _FREE = (
 )
 # Changes that alter the model or what rows come next: refused unless named by --allow-change.
 _FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*")
-# The same for the phase that is under way; everything of a finished phase is frozen.
+# The same for the phase of the checkpoint's step, which can still be made longer; everything of a phase before it is
+# frozen.
 _FROZEN_CURRENT = ("mix*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
 
 
@@ -85,7 +87,7 @@ def check_resume(
         return Resume(plan.phases[0].start.step, False, [])
     state = checkpoint.state()
     saved = configuration.load(checkpoint.path / layout.CONFIG).config
-    notices = _check_changes(config, saved, state.phase, state.phase_finished, allow_changes, checkpoint)
+    notices = _check_changes(config, saved, state.phase, allow_changes, checkpoint)
     names = [phase.name for phase in config.phases]
     if state.phase in names:
         index = names.index(state.phase)
@@ -103,10 +105,11 @@ def check_resume(
             f"{checkpoint.path} is in phase {state.phase!r}, which is not among the phases of this configuration "
             f"({', '.join(names)}); use another run.name, or name the file that holds that phase"
         )
-    if state.step > plan.end.step:
+    phase_end = plan.phases[index].end.step
+    if state.step > phase_end:
         raise UserError(
-            f"{checkpoint.path} is at step {state.step}, past the end of the configuration at step {plan.end.step}; "
-            f"a phase cannot become shorter than what was trained: make phase {names[-1]!r} longer"
+            f"{checkpoint.path} is at step {state.step}, past the end of phase {state.phase!r} at step {phase_end}; "
+            f"a phase cannot become shorter than what was trained: make phase {state.phase!r} longer"
         )
     if not allow_changes:
         _check_position(plan, checkpoint)
@@ -119,7 +122,8 @@ def _check_position(plan: Plan, checkpoint: Checkpoint) -> None:
     position = plan.position(state.step)
     phase = next(phase for phase in plan.phases if phase.name == state.phase)
     tapes = dict(zip(plan.sources, phase.tapes(position.row - phase.start.row), strict=True))
-    expected = (state.row, state.token, state.tapes)
+    # a source that is new in the configuration has not been read
+    expected = (state.row, state.token, {name: state.tapes.get(name, 0) for name in plan.sources})
     if (position.row, position.token, tapes) != expected:
         raise UserError(
             f"the plan puts rows {position.row}, tokens {position.token} and tapes {tapes} before step {state.step}, "
@@ -128,18 +132,18 @@ def _check_position(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def _check_changes(
-    config: RunConfig, saved: RunConfig, phase: str, finished: bool, allowed: Collection[str], checkpoint: Checkpoint
+    config: RunConfig, saved: RunConfig, phase: str, allowed: Collection[str], checkpoint: Checkpoint
 ) -> list[str]:
     saved_names = [section.name for section in saved.phases]
-    current = saved_names.index(phase)
-    done = set(saved_names[: current + finished])
-    under_way = None if finished else phase
+    done = set(saved_names[: saved_names.index(phase)])
     refused, notices = [], []
     for difference in configuration.diff(saved, config):
-        line = f"{difference.key}: {difference.old} -> {difference.new}"
-        if _matches(difference.key, _FREE) or difference.key in allowed:
+        line = str(difference)
+        # a source that came or went has not been read: else the mix of a phase that read it would differ as well
+        other_source = difference.key.startswith("data.sources.") and None in (difference.old, difference.new)
+        if _matches(difference.key, _FREE) or difference.key in allowed or other_source:
             continue
-        if _frozen(difference.key, done, under_way, {section.name for section in config.phases}):
+        if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
             refused.append(line)
         else:
             notices.append(f"changed since step {checkpoint.step}: {line}")
@@ -157,13 +161,13 @@ def _matches(key: str, patterns: Collection[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _frozen(key: str, done: set[str], under_way: str | None, present: set[str]) -> bool:
+def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     if not key.startswith("phase."):
         return _matches(key, _FROZEN)
     name, _, rest = key.removeprefix("phase.").partition(".")
-    if name in done:
-        return name in present  # a phase file may name only the phases up to its own
-    return name == under_way and _matches(rest, _FROZEN_CURRENT)
+    if name not in present:
+        return False  # a phase file may name only the phases up to its own
+    return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
 
 
 def check_data(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,26 +160,39 @@ def explain(error: BaseException, path: Path) -> str:
 
 
 def newest_good(folder: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose files all have the hashes of its manifest; the ranks share the checking.
+    """The newest checkpoint that is sound; None if there is no checkpoint at all.
 
     Damaged ones are reported by name, left where they are, and passed over; the choice is the same on all ranks.
+
+    Raises:
+        RunError: there are checkpoints, but none is sound.
     """
     listed: list[list[str]] = [[str(checkpoint.path) for checkpoint in layout.find_checkpoints(folder)]]
     dist.broadcast_object_list(listed, src=0, group=world.host)
     for name in reversed(listed[0]):
         checkpoint = layout.open_checkpoint(Path(name))
-        try:
-            mine = sorted(checkpoint.manifest())[world.rank :: world.size]
-            problems = layout.find_damage(checkpoint, mine)
-        except RunError as error:
-            problems = [str(error)]
-        found: list[list[str]] = [[] for _ in range(world.size)]
-        dist.all_gather_object(found, problems, group=world.host)
-        damage = sorted({problem for part in found for problem in part})
+        damage = find_damage_together(checkpoint, world)
         if not damage:
             return checkpoint
         report(f"WARNING: checkpoint {checkpoint.path} is damaged and passed over: {'; '.join(damage)}")
+    if listed[0]:
+        raise RunError(
+            f"none of the {len(listed[0])} checkpoints in {folder} is sound (see the warnings above); bring a copy of "
+            "one back, or delete the run folder to start anew"
+        )
     return None
+
+
+def find_damage_together(checkpoint: Checkpoint, world: World) -> list[str]:
+    """`layout.find_damage` with the files shared out among the ranks; the same answer on all of them."""
+    try:
+        mine = sorted(checkpoint.manifest())[world.rank :: world.size]
+        problems = layout.find_damage(checkpoint, mine)
+    except RunError as error:
+        problems = [str(error)]
+    found: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(found, problems, group=world.host)
+    return sorted({problem for part in found for problem in part})
 
 
 def load(checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
@@ -192,12 +206,14 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.Pr
             f"checkpoint {checkpoint.path} belongs to another model: {name} has shape {found} there and {expected} here"
         )
     try:
-        dcp.load(
-            tensors,
-            storage_reader=FileSystemReader(checkpoint.path),
-            process_group=process_group,
-            no_dist=process_group is None,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+            dcp.load(
+                tensors,
+                storage_reader=FileSystemReader(checkpoint.path),
+                process_group=process_group,
+                no_dist=process_group is None,
+            )
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
         raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {explain(error, checkpoint.path)}") from error
 

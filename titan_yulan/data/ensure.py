@@ -40,7 +40,14 @@ def ensure_prepared(config: RunConfig, say: Say = say_now) -> list[str]:
         _check_can_be_there(name, section, config.tokenizer.path)
     tokenizer = _ensure_tokenizer(config, say_and_keep)
     for name, section in config.data.sources.items():
-        if not _is_complete(section):
+        if _is_complete(section):
+            made_from = Source.open(section.path).made_from.get("inputs")
+            if section.text and made_from != list(section.text):
+                say_and_keep(
+                    f"WARNING: data.sources.{name}.text is {list(section.text)}, but {section.path} was made from "
+                    f"{made_from} and is used as it is; delete that folder to make it anew"
+                )
+        else:
             for line in _prepare_source(name, section, tokenizer, say_and_keep):
                 say_and_keep(line)
         paths = {"path": section.path, "validation_path": section.validation_path}

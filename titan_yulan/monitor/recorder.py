@@ -165,8 +165,8 @@ class Recorder:
             "step": step,
             "tokens": values.phase.position(step - values.phase.start.step).token,
             "phase": values.phase.name,
-            "loss": objective / denominator,
-            "cross_entropy": sum(cross_entropy) / denominator,
+            "loss": objective / denominator if denominator else math.nan,  # a batch without any target
+            "cross_entropy": sum(cross_entropy) / denominator if denominator else math.nan,
             "gradient_norm": gradient_norm,
             "learning_rate": values.learning_rate,
             "batch_fingerprint": f"{fingerprint % (1 << 64):016x}",
@@ -231,7 +231,7 @@ class Recorder:
         first = self._first_losses or losses
         self._first_losses = first
         parts = [
-            f"{name} {loss:.4f}" + (f" ({loss - first[name]:+.4f})" if first is not losses else "")
+            f"{name} {loss:.4f}" + (f" ({loss - first[name]:+.4f})" if first is not losses and name in first else "")
             for name, loss in losses.items()
         ]
         self.say(f"validation at step {step}: " + "  ".join(parts))

@@ -74,13 +74,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
             gradients.setdefault((None, ()), []).append(parameter.grad)
     total: Tensor | None = None
     for (mesh, sharded), tensors in gradients.items():
-        square = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
+        # in double: a float32 sum of millions of squares is off by 1e-5, and differently for every way to shard
+        square = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square().sum()
         for dim in sharded:
             dist.all_reduce(square, group=mesh.get_group(dim))
         total = square if total is None else total + square
     if total is None:
         raise ValueError("no parameter has a gradient")
-    norm = total.sqrt()
+    norm = total.sqrt().float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for tensors in gradients.values():
         torch._foreach_mul_(tensors, scale)

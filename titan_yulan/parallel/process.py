@@ -56,6 +56,19 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, host)
 
 
+def all_arrive(timeout: timedelta = timedelta(seconds=20)) -> bool:
+    """Whether all ranks come to this point within the time; True if there is no group yet."""
+    if not dist.is_initialized():
+        return True
+    try:
+        group = dist.new_group(backend="gloo", timeout=timeout)  # of its own: others may be busy in the usual one
+        if isinstance(group, dist.ProcessGroup):
+            dist.monitored_barrier(group, timeout=timeout)
+    except RuntimeError:
+        return False
+    return True
+
+
 def leave() -> None:
     """Leave the process group after all ranks are done; only on a clean end (after an error others may be waiting in
     a collective, and joining them here would hang)."""

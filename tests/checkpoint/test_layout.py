@@ -1,0 +1,190 @@
+"""When a checkpoint exists, what is found damaged, and what is deleted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.making import make_checkpoint, make_state
+from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.errors import RunError
+
+
+def steps(folder: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in layout.find_checkpoints(folder)]
+
+
+def test_a_committed_checkpoint_is_found_sound_and_readable(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, 12, "[run]\n# ü\n", phase="b")
+    assert layout.find_checkpoints(tmp_path) == [made]
+    assert layout.find_damage(made) == []
+    assert made.state() == make_state(12, phase="b")
+    assert sorted(made.manifest()) == ["__0_0.distcp", "config.toml", "state.json"]
+    assert (made.path / "config.toml").read_text(encoding="utf-8") == "[run]\n# ü\n"
+    assert {path.name for path in made.path.iterdir()} == {*made.manifest(), "manifest.json"}
+
+
+def test_checkpoints_come_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (20, 3, 123456789):
+        make_checkpoint(tmp_path, step)
+    for name in ("step-abc", "other", "step-00000004"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-5").write_text("a file")
+    assert steps(tmp_path) == [3, 20, 123456789]
+    assert steps(tmp_path / "missing") == []
+
+
+def test_a_folder_without_a_manifest_is_invisible_and_a_leftover(tmp_path: Path) -> None:
+    made = [make_checkpoint(tmp_path, step) for step in (1, 2)]
+    (made[1].path / "manifest.json").unlink()
+    assert steps(tmp_path) == [1]
+    assert layout.remove_leftovers(tmp_path) == [made[1].path]
+    assert not made[1].path.exists() and made[0].path.exists()
+    assert layout.remove_leftovers(tmp_path) == []
+
+
+def test_the_manifest_appears_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash at any rename, write or sync before the last rename leaves a folder that is no checkpoint."""
+    calls = 0
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def fsync_then_crash(at: int) -> Callable[[int], None]:
+        def fsync(_: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                crash()
+
+        return fsync
+
+    for at in (1, 2, 3):  # state, config, the manifest's temporary file
+        calls = 0
+        monkeypatch.setattr(layout.os, "fsync", fsync_then_crash(at))
+        with pytest.raises(KeyboardInterrupt):
+            make_checkpoint(tmp_path, at)
+        assert steps(tmp_path) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(KeyboardInterrupt):
+        make_checkpoint(tmp_path, 4)
+    assert steps(tmp_path) == []
+    monkeypatch.undo()
+    assert len(layout.remove_leftovers(tmp_path)) == 4
+
+
+def test_a_file_shorter_than_what_was_written_is_not_committed(tmp_path: Path) -> None:
+    path = layout.step_folder(tmp_path, 1)
+    path.mkdir()
+    (path / "data").write_bytes(b"123")
+    with pytest.raises(RunError, match=r"data has 3 bytes after writing 4; is the disk full\?"):
+        layout.commit(path, {"data": {"size": 4, "sha256": ""}}, make_state(1), "")
+    assert steps(tmp_path) == []
+
+
+def damage_missing(path: Path) -> None:
+    path.unlink()
+
+
+def damage_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_missing, r"{path} is missing"),
+        (damage_truncated, r"{path} has {less} bytes instead of {size}"),
+        (damage_flipped, r"{path} is damaged (its SHA-256 differs from the manifest's)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "config.toml"])
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message: str, name: str) -> None:
+    made = make_checkpoint(tmp_path, 1)
+    path = made.path / name
+    size = path.stat().st_size
+    damage(path)
+    assert layout.find_damage(made) == [message.format(path=path, less=size - 1, size=size)]
+    others = set(made.manifest()) - {name}
+    assert layout.find_damage(made, others) == [] != layout.find_damage(made, [name])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+def test_a_damaged_manifest_is_damage(tmp_path: Path, text: str) -> None:
+    made = make_checkpoint(tmp_path, 1)
+    (made.path / "manifest.json").write_text(text)
+    (problem,) = layout.find_damage(made)
+    assert problem.startswith(f"{made.path / 'manifest.json'} cannot be read")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"step": 1, "surprise": 2}', "[]"])
+def test_a_damaged_state_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    made = make_checkpoint(tmp_path, 1)
+    (made.path / "state.json").write_text(text)
+    with pytest.raises(RunError, match=r"state\.json cannot be read"):
+        made.state()
+
+
+def test_open_takes_a_step_folder_a_run_folder_or_the_folder_of_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    first, last = make_checkpoint(folder, 1), make_checkpoint(folder, 2)
+    assert layout.open_checkpoint(first.path) == first
+    assert layout.open_checkpoint(tmp_path) == layout.open_checkpoint(folder) == last
+
+
+def test_open_refuses_what_holds_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no complete checkpoint"):
+        layout.open_checkpoint(tmp_path)
+
+
+def test_prune_keeps_the_newest_and_every_end_of_a_phase(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        make_checkpoint(tmp_path, step, phase_finished=step in (2, 8))
+    deleted = layout.prune(tmp_path, 3, 8)
+    assert steps(tmp_path) == [2, 6, 7, 8]
+    assert [path.name for path in deleted] == [f"step-{step:08d}" for step in (1, 3, 4, 5)]
+    assert not any(path.exists() for path in deleted)
+    assert layout.prune(tmp_path, 3, 8) == []
+
+
+def test_prune_leaves_what_it_cannot_read(tmp_path: Path) -> None:
+    made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
+    (made[0].path / "state.json").write_text("{")
+    layout.prune(tmp_path, 1, 3)
+    assert steps(tmp_path) == [1, 3]
+
+
+def test_prune_neither_counts_nor_deletes_checkpoints_of_later_steps(tmp_path: Path) -> None:
+    """They are damaged ones that the run passed over."""
+    for step in (1, 2, 3, 9):
+        make_checkpoint(tmp_path, step)
+    layout.prune(tmp_path, 1, 3)
+    assert steps(tmp_path) == [3, 9]
+
+
+def test_a_checkpoint_that_is_being_deleted_is_invisible_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_checkpoint(tmp_path, 1)
+    visible = []
+    monkeypatch.setattr(layout.shutil, "rmtree", lambda _: visible.append(steps(tmp_path)))
+    layout.remove(made.path)
+    assert visible == [[]]
+
+
+def test_manifest_says_its_format(tmp_path: Path) -> None:
+    made: Checkpoint = make_checkpoint(tmp_path, 1)
+    content = json.loads((made.path / "manifest.json").read_text())
+    assert content["format"] == 1 and set(content["files"]["__0_0.distcp"]) == {"size", "sha256"}
+    assert content["files"]["__0_0.distcp"]["sha256"] == layout.hash_file(made.path / "__0_0.distcp")
