@@ -339,6 +339,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configuration.load(arguments.config).config
     end_with_parent()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and read_status(run_folder(config))["state"] == "failed":
+        process.exit_process(0)  # one rank has failed for good; the others were ended, and are not to try again
     try:
         train(config, arguments.allow_change)
     except UserError as error:

@@ -81,7 +81,7 @@ def test_a_finished_run_is_complete(tmp_path: Path) -> None:
 
 def test_a_later_phase_needs_the_phases_before(tmp_path: Path) -> None:
     config = replace(three_phases(), first_phase=1)
-    with pytest.raises(UserError, match="phase 'b' comes after phase 'a', which is not finished: outputs/test holds no"):
+    with pytest.raises(UserError, match="'b' comes after phase 'a', which is not finished: outputs/test holds no"):
         resume(config, None)
     with pytest.raises(UserError, match=r"which is not finished: .*step-00000007 is at step 7 of 10, in phase 'a'"):
         resume(config, stopped(tmp_path, 7))
@@ -106,7 +106,7 @@ def test_an_unknown_phase_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_finished_phase_cannot_be_taken_out(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rows|past the end"):
+    with pytest.raises(UserError, match=r"rows|past the end"):
         resume(configuration(PHASES[0], PHASES[2]), stopped(tmp_path, 25))
 
 

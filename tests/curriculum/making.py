@@ -43,6 +43,7 @@ def phase(
     **more: Any,
 ) -> PhaseSection:
     """A phase of `batch` rows a step; its length as text."""
+    options: dict[str, Any] = {"parallel": ParallelSection(compute_dtype="float32"), **more}
     return PhaseSection(
         name=name,
         sequence_length=sequence_length,
@@ -50,14 +51,14 @@ def phase(
         length=Duration.parse(length) if length else None,
         lr=lr,
         batch=BatchSection(global_batch_size=batch, micro_batch_size=1),
-        **{"parallel": ParallelSection(compute_dtype="float32"), **more},
+        **options,
     )
 
 
 def configuration(*phases: PhaseSection, sources: Mapping[str, SourceSection] | None = None, **more: Any) -> RunConfig:
     """A run of the debug model with these phases; by default the sources are those that the phases mix."""
     names = sorted({name for section in phases for name in section.mix})
-    sections = {
+    sections: dict[str, Any] = {
         "run": RunSection(name="test", seed=7),
         "optimizer": OptimizerSection(learning_rate=1.0),
         "tokenizer": TokenizerSection(path="tokenizer"),

@@ -92,7 +92,11 @@ def test_a_shape_holds_its_value_past_its_end(shape: str, a: float, b: float, be
 
 
 def test_segments_follow_each_other() -> None:
-    lr = (segment("linear", 0, 1, "10 steps"), segment("constant", over="20 steps"), segment("cosine", 1, 0, "10 steps"))
+    lr = (
+        segment("linear", 0, 1, "10 steps"),
+        segment("constant", over="20 steps"),
+        segment("cosine", 1, 0, "10 steps"),
+    )
     plan = Plan(configuration(phase("a", "60 steps", MIX, lr=lr)))
     values = [plan.learning_rate(step) for step in range(60)]
     assert values[:11] == pytest.approx([i / 10 for i in range(11)])

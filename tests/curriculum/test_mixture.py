@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import FrameType
 from typing import Any
@@ -15,7 +16,9 @@ from titan_yulan.curriculum import mixture
 from titan_yulan.curriculum.mixture import Mixture
 from titan_yulan.data import hashing
 
-weights_of_sources = st.lists(st.floats(0, 10).filter(lambda w: w == 0 or w > 1e-3), min_size=1, max_size=20).filter(any)
+weights_of_sources = st.lists(st.floats(0, 10).filter(lambda w: w == 0 or w > 1e-3), min_size=1, max_size=20).filter(
+    any
+)
 
 
 def make(weights: list[float], seed: int = 0) -> Mixture:
@@ -51,7 +54,7 @@ def test_rows_do_not_depend_on_the_window_they_are_asked_in(weights: list[float]
     m = make(weights)
     cuts = sorted(cuts)
     whole = pairs(make(weights), cuts[0], cuts[-1])
-    parts = [pairs(m, a, b) for a, b in zip(cuts, cuts[1:], strict=False)][::-1]  # asked from the last to the first
+    parts = [pairs(m, a, b) for a, b in itertools.pairwise(cuts)][::-1]  # asked from the last to the first
     assert [row for part in parts[::-1] for row in part] == whole
 
 

@@ -38,7 +38,7 @@ def test_positions_chain(phases: list[PhaseSection]) -> None:
     position = Position(0, 0, 0)
     for section, planned in zip(phases, plan.phases, strict=True):
         assert (planned.start, planned.first_row) == (position, position.row)
-        rows = planned.steps * section.batch.global_batch_size
+        rows = planned.steps * batch_rows(section.batch, section.sequence_length)
         position = Position(
             position.step + planned.steps, position.row + rows, position.token + rows * section.sequence_length
         )

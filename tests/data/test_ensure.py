@@ -68,7 +68,8 @@ def test_everything_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_prepared_sources_do_not_need_their_text(folder: Path) -> None:
     ensure(make_config(both()))
     assert ensure(make_config(both(text=()))) == []
-    assert ensure(make_config(both(text=("gone/*.txt",)))) == []
+    warnings = ensure(make_config(both(text=("gone/*.txt",))))
+    assert [line.split(" is ")[0] for line in warnings] == [f"WARNING: data.sources.{n}.text" for n in ("cats", "dogs")]
 
 
 def test_only_what_is_missing_is_made(folder: Path) -> None:

@@ -41,7 +41,9 @@ def test_a_key_for_each_counter() -> None:
 
 
 def test_keys_differ_by_every_part_its_type_and_its_borders() -> None:
-    keys = [hashing.key(*parts) for parts in ((1, "a"), (2, "a"), (1, "b"), ("1", "a"), ("1a",), (1, "a", ""), ("a", 1))]
+    keys = [
+        hashing.key(*parts) for parts in ((1, "a"), (2, "a"), (1, "b"), ("1", "a"), ("1a",), (1, "a", ""), ("a", 1))
+    ]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**64 for key in keys)
 

@@ -79,7 +79,6 @@ def protocol(world: World, folder: Path) -> dict[str, Any]:
     assert chosen is not None
     loaded = make_tensors(world, 0)
     store.load(chosen, loaded, world.host)
-    expected = make_tensors(world, chosen.step)["model"]
     found["loaded"] = full(loaded["model"]), full(make_tensors(world, chosen.step)["model"])
     found["wrong"] = _messages(world, chosen)
     empty = folder / "nothing"

@@ -24,9 +24,7 @@ def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, T
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, token_weights
 
 
-def expected(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, z: float
-) -> tuple[Tensor, Tensor]:
+def expected(hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, z: float) -> tuple[Tensor, Tensor]:
     logits = hidden.double() @ weight.double().t()
     weights = token_weights.double()
     losses = weights * functional.cross_entropy(logits, targets, reduction="none")
@@ -51,9 +49,7 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, rows_in_a_chunk: 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 3 * VOCAB)
     hidden, weight, targets, token_weights = inputs()
-    torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, targets, token_weights, 0.05)[0], (hidden, weight)
-    )
+    torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, token_weights, 0.05)[0], (hidden, weight))
 
 
 def test_a_chunk_has_a_row_even_when_the_vocabulary_is_larger_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +104,12 @@ def test_a_token_without_weight_contributes_nothing_whatever_it_holds() -> None:
 
 @pytest.mark.parametrize("needed", [0, 1])
 def test_only_one_of_the_two_needs_a_gradient(needed: int) -> None:
-    arguments = list(inputs())
-    arguments[1 - needed] = arguments[1 - needed].detach()
-    objective, _ = linear_cross_entropy(*arguments, 0.1)
-    (gradient,) = torch.autograd.grad(objective, arguments[needed])
-    (other,) = torch.autograd.grad(expected(*arguments, 0.1)[0], arguments[needed])
+    hidden, weight, targets, token_weights = inputs()
+    needs = (hidden, weight)[needed]
+    h, w = (hidden, weight.detach()) if needed == 0 else (hidden.detach(), weight)
+    objective, _ = linear_cross_entropy(h, w, targets, token_weights, 0.1)
+    (gradient,) = torch.autograd.grad(objective, needs)
+    (other,) = torch.autograd.grad(expected(h, w, targets, token_weights, 0.1)[0], needs)
     torch.testing.assert_close(gradient, other, rtol=1e-11, atol=1e-12)
 
 

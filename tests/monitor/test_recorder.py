@@ -71,15 +71,13 @@ def test_lines_are_written_when_due_and_at_the_end_of_the_phase(
         written.append(len(read_lines(tmp_path / "metrics.jsonl")))
     assert written == [0, 0, 0, 4, 4, 4, 4, 8, 8, 10]
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:4] for line in printed] == [
-        ["step", f"{step}/10", "loss", "2.3438"] for step in (4, 8, 10)
-    ]
+    assert [line.split()[:4] for line in printed] == [["step", f"{step}/10", "loss", "2.3438"] for step in (4, 8, 10)]
     assert "mfu n/a" in printed[0] and "lr 1.000e-02" in printed[0]
 
 
 @pytest.mark.parametrize("bad", [{"scale": math.nan}, {"scale": math.inf}, {"norm": math.nan}, {"norm": math.inf}])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_is_not_finite_ends_the_run_on_every_rank(tmp_path: Path, bad: dict[str, float], rank: int) -> None:
+def test_what_is_not_finite_ends_the_run_on_every_rank(tmp_path: Path, bad: dict[str, Any], rank: int) -> None:
     recorder = make(tmp_path, rank)
     recorder.record(1, values(), 0.0)
     recorder.record(2, values(**bad), 0.0)

@@ -68,9 +68,7 @@ def test_ranks_that_fit_is_the_smallest_number() -> None:
     assert ranks_that_fit(configuration(phase("a", "9 steps", {"code": 1.0})), 8 * GIB) == 1
 
 
-@pytest.mark.parametrize(
-    ("every", "first_phase", "most"), [(None, 0, 4), ("5 steps", 0, 8), ("5 steps", 2, 6)]
-)
+@pytest.mark.parametrize(("every", "first_phase", "most"), [(None, 0, 4), ("5 steps", 0, 8), ("5 steps", 2, 6)])
 def test_disk_at_the_worst_moment(every: str | None, first_phase: int, most: int) -> None:
     """The ends of three phases, four more, and the one that is being written."""
     phases = [phase(name, "9 steps", {"code": 1.0}) for name in "abc"]

@@ -103,7 +103,18 @@ class Source:
         Raises:
             RunError: names the files whose content is not the one that was written.
         """
-        stored = [(name, file) for shard in self.shards for name, file in shard.files.items()]
+        self._verify(self.shards)
+
+    def verify_shard(self, shard: int) -> None:
+        """Compare the hashes of one shard's files.
+
+        Raises:
+            RunError: names the damaged files.
+        """
+        self._verify(self.shards[shard : shard + 1])
+
+    def _verify(self, shards: Sequence[Shard]) -> None:
+        stored = [(name, file) for shard in shards for name, file in shard.files.items()]
         damaged = [str(self.path / name) for name, file in stored if sha256_file(self.path / name) != file.sha256]
         if damaged:
             raise RunError(f"damaged: {', '.join(damaged)}: copy again from where it is whole, or {_remedy(self.path)}")

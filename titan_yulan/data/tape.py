@@ -74,13 +74,14 @@ class Tape:
         self._shards: OrderedDict[tuple[int, int], _ShardLayout] = OrderedDict()
         self._lock = threading.Lock()
         self._fingerprint = source.fingerprint
+        self._verified: set[int] = set()
 
     def read(self, start: int, count: int) -> TapeSlice:
         """The tokens [start, start + count) of the tape, through documents, shards and epochs.
 
         Raises:
             ValueError: start or count is negative.
-            RunError: a file of the source cannot be read.
+            RunError: a file of the source cannot be read, or its content is not what was prepared.
         """
         if start < 0 or count < 0:
             raise ValueError(f"cannot read {count} tokens from {start}")
@@ -117,6 +118,10 @@ class Tape:
     def _shard_layout(self, epoch: int, shard: int) -> _ShardLayout:
         layout = self._shards.get((epoch, shard))
         if layout is None:
+            if shard not in self._verified:
+                # once, when first touched: hashing 20 MB takes some 20 ms, and flipped bytes would train silently
+                self.source.verify_shard(shard)
+                self._verified.add(shard)
             offsets = np.array(self.source.shard_offsets(shard))
             count = len(offsets) - 1
             order = np.arange(count) if self.source.ordered else hashing.permutation(self._key(epoch, shard), count)

@@ -56,7 +56,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, host)
 
 
-def all_arrive(timeout: timedelta = timedelta(seconds=20)) -> bool:
+def all_arrive(timeout: timedelta = timedelta(seconds=5)) -> bool:
     """Whether all ranks come to this point within the time; True if there is no group yet."""
     if not dist.is_initialized():
         return True
