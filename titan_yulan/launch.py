@@ -277,6 +277,13 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
                     f"data.sources.{name} holds {sources[name].tokens} tokens, fewer than one row of phase "
                     f"{phase.name!r} ({phase.sequence_length} + 1); shorten phase.sequence_length or add text"
                 )
+    for name in plan.sources:
+        path, length = config.data.sources[name].validation_path, config.phases[0].sequence_length
+        if path and Source.open(Path(path)).tokens < length + 1:
+            raise UserError(
+                f"data.sources.{name}.validation_path: {path} holds fewer tokens than one row ({length} + 1); hold out "
+                "more text (validation_share) or leave the key out"
+            )
     if checkpoint is not None:
         from titan_yulan.data.tokenizer import Tokenizer
 
@@ -347,7 +354,7 @@ def _run(command: list[str], start: Launch, machine: Machine, folder: Path, lock
         else:
             process.send_signal(signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, stop)
     code = process.wait()
     return code, bool(signals)

@@ -297,11 +297,11 @@ def train(config: RunConfig, allow_changes: Collection[str] = ()) -> str:
 
 
 class _StopSignals:
-    """Turns SIGTERM and SIGINT into a request that the loop reads at the next step boundary."""
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the loop reads at the next step boundary."""
 
     def __init__(self) -> None:
         self.requested = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._request)
 
     def _request(self, number: int, frame: object) -> None:
@@ -339,7 +339,10 @@ def main() -> None:
     arguments = parser.parse_args()
     config = configuration.load(arguments.config).config
     end_with_parent()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and read_status(run_folder(config))["state"] == "failed":
+    if (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        and read_status(run_folder(config)).get("state") == "failed"
+    ):
         process.exit_process(0)  # one rank has failed for good; the others were ended, and are not to try again
     try:
         train(config, arguments.allow_change)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,12 @@ class Result:
 
 
 def train(
-    config: Path, processes: int, *arguments: str, at_line: str | None = None, action=None, environment=None
+    config: Path | str,
+    processes: int,
+    *arguments: str,
+    at_line: str | None = None,
+    action: Callable[[int], None] = lambda pid: None,
+    environment: dict[str, str] | None = None,
 ) -> Result:
     """Run the launcher to its end. When a line of output contains `at_line`, call `action(launcher's pid)` once."""
     command = [sys.executable, "-m", "titan_yulan.cli", "train", "--config", str(config), *arguments]
@@ -129,7 +135,7 @@ def train(
     )
     lines = []
     try:
-        for line in process.stdout:
+        for line in process.stdout or ():
             lines.append(line)
             if at_line is not None and at_line in line:
                 at_line = None

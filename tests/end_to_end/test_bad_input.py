@@ -133,9 +133,7 @@ def test_phase_that_needs_another_first(refused, tmp_path):
     assert "phase.start_from" in output
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("NPROC", "two"), ("NPROC", "0"), ("MAX_RESTARTS", "-1"), ("NNODES", "2")]
-)
+@pytest.mark.parametrize(("name", "value"), [("NPROC", "two"), ("NPROC", "0"), ("MAX_RESTARTS", "-1"), ("NNODES", "2")])
 def test_environment(name, value, data, tmp_path):
     config = harness.write_small_config(tmp_path, data, tmp_path / "outputs")
     result = train(config, 1, environment={name: value})

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -228,8 +227,3 @@ def _shape_differences(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[
             if isinstance(tensor, Tensor) and found != tuple(tensor.shape):
                 differences[name] = (str(tuple(tensor.shape)), str(found))
     return differences
-
-
-def load_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
-    """Read only the weights, in one process, into an unsharded model."""
-    load(checkpoint, {"model": dict(model.state_dict())})

@@ -7,6 +7,7 @@ weight, so shapes are static. The loader has no state: it is built for a positio
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -88,7 +89,7 @@ def read_rows(plan: RowPlan, tapes: Sequence[Tape], numbers: np.ndarray, size: i
 class Loader:
     """Iterates over the remaining steps of a phase; each item is the list of this rank's micro-batches of one step.
 
-    `waited` sums the seconds that the consumer spent waiting for data. Close it (or use `with`) to end its thread.
+    `waited` is how many seconds the consumer waited for the last item. Close it (or use `with`) to end its thread.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Loader:
         try:
             return next(self._steps)
         finally:
-            self.waited += time.perf_counter() - begin
+            self.waited = time.perf_counter() - begin
 
     def __enter__(self) -> Loader:
         return self
@@ -189,6 +190,8 @@ class Prefetcher:
     def close(self) -> None:
         self._stopped.set()
         self._thread.join()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(self._END)  # a consumer that still waits is told that this was all
 
 
 def _signed(value: int) -> int:

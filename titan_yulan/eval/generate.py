@@ -24,7 +24,7 @@ def generate(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> list[int]:
-    """Ids of the continuation, without the prompt; ends at `eos_id` or after `new_tokens`.
+    """Ids of the continuation, without the prompt; ends before `eos_id` or after `new_tokens`.
 
     The draw of token i depends on (seed, i) alone, so all ranks of a sharded model draw the same. The whole prefix
     (its last `context` tokens) is computed anew for every token.
@@ -44,7 +44,7 @@ def generate(
             chosen = int((shares < u * shares[-1]).sum())
         else:
             chosen = 0
-        ids.append(int(candidates[chosen]))
-        if ids[-1] == eos_id:
+        if int(candidates[chosen]) == eos_id:
             break
+        ids.append(int(candidates[chosen]))
     return ids[len(prompt) :]

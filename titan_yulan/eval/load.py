@@ -45,4 +45,4 @@ def continue_text(path: Path, prompt: str, *, new_tokens: int, temperature: floa
         top_k=top_k,
         seed=seed,
     )
-    return tokenizer.decode([token for token in ids if token != tokenizer.eos_id])
+    return tokenizer.decode(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,11 +69,18 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
-        self._file.writelines(json.dumps(line) + "\n" for line in lines)
+        """Append lines; a number that is not finite becomes null (JSON has no NaN)."""
+        self._file.writelines(json.dumps(_without_nan(line), allow_nan=False) + "\n" for line in lines)
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Board:

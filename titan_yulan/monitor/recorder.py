@@ -56,9 +56,8 @@ class Recorder:
         self._pending: list[tuple[int, StepValues]] = []
         self._main = world.is_main
         self._peak = device_peak(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
-        self._clock, self._active, self._tokens, self._steps = time.perf_counter(), 0.0, 0, 0
-        self._waited = 0.0
-        self._shown_waited = 0.0
+        # since the last printed line: seconds of training, seconds of those spent waiting for data, tokens
+        self._clock, self._active, self._waited, self._tokens = time.perf_counter(), 0.0, 0.0, 0
         self._first_losses: dict[str, float] = {}
         self.failure: str | None = None
         if not self._main:
@@ -113,10 +112,10 @@ class Recorder:
         """Take the values of a finished step; print and write when it is due.
 
         Args:
-            waited: seconds that this phase's loader has kept the trainer waiting so far.
+            waited: seconds that the loader kept the trainer waiting for this step.
         """
         self._pending.append((step, values))
-        self._waited = waited
+        self._waited += waited
         if step % self._config.monitor.log_every == 0 or step == values.phase.end.step:
             line = self.flush()
             if line is not None:
@@ -141,7 +140,6 @@ class Recorder:
         self._clock = now
         lines = [self._line(*item) for item in zip(steps, values, rows, prints, strict=True)]
         self._tokens += sum(v.phase.batch_rows * v.phase.sequence_length for v in values)
-        self._steps += len(values)
         bad = next((line for line in lines if not math.isfinite(line["loss"] + line["gradient_norm"])), None)
         if self._main:
             with self._writing():
@@ -203,22 +201,20 @@ class Recorder:
                 * flops_per_token(self._config.model, phase.sequence_length)
                 / (self._peak * self._world.size)
             )
-        waited = max(self._waited - self._shown_waited, 0.0) if self._waited >= self._shown_waited else self._waited
-        self._shown_waited = self._waited
         self.say(
             f"step {step}/{end}  loss {line['loss']:.4f}  gnorm {line['gradient_norm']:.3f}  "
             f"lr {line['learning_rate']:.3e}  {_short(rate)} tok/s  "
             f"mfu {'n/a' if mfu is None else f'{mfu:.1f}%'}  eta {_clock(seconds_left)}"
         )
         if self._main and self._board:
-            scalars = {"perf/tokens_per_s": rate, "data/wait_percent": 100 * waited / max(self._active, 1e-9)}
+            scalars = {"perf/tokens_per_s": rate, "data/wait_percent": 100 * self._waited / max(self._active, 1e-9)}
             if mfu is not None:
                 scalars["perf/mfu_percent"] = mfu
             if self._world.device.type == "cuda":
                 scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             with self._writing():
                 self._board.scalars(step, scalars)
-        self._active, self._tokens, self._steps = 0.0, 0, 0
+        self._active, self._waited, self._tokens = 0.0, 0.0, 0
 
     def validation(self, step: int, sums: Tensor, tokens: Tensor) -> None:
         """Record validation losses from the global sums of `eval.validation`."""

@@ -76,7 +76,8 @@ def estimate_memory(config: RunConfig, world: int) -> Memory:
     model = config.model
     parameters = count_parameters(model)
     embedding = model.vocab_size * model.hidden_size
-    block = (parameters - embedding * (1 if model.tie_word_embeddings else 2)) // model.num_hidden_layers
+    embedding *= 1 if model.tie_word_embeddings else 2  # the head is gathered and has a gradient as well
+    block = (parameters - embedding) // model.num_hidden_layers
     worst = Memory(0, 0, 0)
     for phase in config.phases[config.first_phase :]:
         size = 2 if phase.parallel.compute_dtype == "bfloat16" else 4
