@@ -14,6 +14,7 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,8 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
         return 0
     if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("monitor.tensorboard: the package tensorboard is missing; install it or set the key to false")
+    again = shlex.join(["./run_train.sh", "--config", config_name, *overrides])
+    print(f"to go on after a stop or a crash, the same command: {again}")
     check_batches(config, start.world)
     check_memory(config, start, machine)
     check_disk(config, plan, folder, resume)
@@ -342,6 +345,7 @@ def _run(command: list[str], start: Launch, machine: Machine, folder: Path, lock
         # an empty template would mean torchrun's own, longer one
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " " if start.log_rank.isdigit() else "[rank ${rank}] ",
     }
+    sys.stdout.flush()
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, pass_fds=[lock], preexec_fn=end_with_parent
     )
