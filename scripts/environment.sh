@@ -33,7 +33,7 @@ setup_environment() {
 _has_modules() {
     "$1" -c "
 import importlib.util, sys
-sys.exit(any(importlib.util.find_spec(name) is None for name in '$2'.split(', ')))" 2>/dev/null
+sys.exit(sys.version_info < (3, 11) or any(importlib.util.find_spec(name) is None for name in '$2'.split(', ')))" 2>/dev/null
 }
 
 _is_set_up() {

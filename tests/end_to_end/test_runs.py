@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from tests.end_to_end import harness
 from tests.end_to_end.harness import column, metrics, train, validations
 from titan_yulan.checkpoint.layout import find_checkpoints
+from titan_yulan.monitor.metrics import read_status
 
 STEPS = 38
 
@@ -88,6 +91,25 @@ def test_stopped_in_phase_two_and_continued_on_three_ranks_then_one(start, run, 
     assert finished.code == 0, finished.output
     assert column(metrics(run), "step") == list(range(1, STEPS + 1))
     assert column(metrics(run), "batch_fingerprint") == column(metrics(reference), "batch_fingerprint")
+
+
+def test_a_killed_launcher_takes_its_run_down_in_order(start, run, reference):
+    """kill -9 of the launcher: the kernel tells torchrun, the workers save and end, and another start goes on."""
+    killed = start(2, at_line="step 12/", action=lambda pid: os.kill(pid, signal.SIGKILL))
+    assert killed.code == -signal.SIGKILL  # its output was read to the end: nothing of the run is alive any more
+    assert read_status(run)["state"] == "stopped", killed.output
+    finished = start(2)
+    assert finished.code == 0, finished.output
+    assert same_in_every_bit(run, reference)
+
+
+def test_a_second_start_on_the_same_folder_is_refused(start, run):
+    run.mkdir(parents=True)
+    with open(run / ".lock-0", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        result = start(2)
+    assert result.code == 2
+    assert f"another start is training in {run}" in result.output
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(start, run, reference):

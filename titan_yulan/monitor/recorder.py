@@ -132,13 +132,11 @@ class Recorder:
         steps = [step for step, _ in self._pending]
         values = [value for _, value in self._pending]
         self._pending = []
-        floats = torch.stack([torch.cat([v.totals, v.denominator[None], v.gradient_norm[None]]) for v in values])
-        prints = torch.stack([v.fingerprint for v in values])
-        rows, prints = floats.tolist(), prints.tolist()  # the one synchronisation
+        rows = _fetch(values)
         now = time.perf_counter()
         self._active += now - self._clock
         self._clock = now
-        lines = [self._line(*item) for item in zip(steps, values, rows, prints, strict=True)]
+        lines = [self._line(*item) for item in zip(steps, values, rows, strict=True)]
         self._tokens += sum(v.phase.batch_rows * v.phase.sequence_length for v in values)
         bad = next((line for line in lines if not math.isfinite(line["loss"] + line["gradient_norm"])), None)
         if self._main:
@@ -154,10 +152,10 @@ class Recorder:
             )
         return lines[-1]
 
-    def _line(self, step: int, values: StepValues, row: list[float], fingerprint: int) -> dict[str, Any]:
+    def _line(self, step: int, values: StepValues, row: list[float]) -> dict[str, Any]:
         n = len(self._plan.sources)
         objective, cross_entropy, tokens = row[0], row[1 : 1 + n], row[1 + n : 1 + 2 * n]
-        denominator, gradient_norm = row[-2:]
+        denominator, gradient_norm, low, high = row[-4:]
         by_source = zip(self._plan.sources, cross_entropy, tokens, strict=True)
         return {
             "step": step,
@@ -167,7 +165,7 @@ class Recorder:
             "cross_entropy": sum(cross_entropy) / denominator if denominator else math.nan,
             "gradient_norm": gradient_norm,
             "learning_rate": values.learning_rate,
-            "batch_fingerprint": f"{fingerprint % (1 << 64):016x}",
+            "batch_fingerprint": f"{int(high):08x}{int(low):08x}",
             "source_loss": {name: loss / count for name, loss, count in by_source if count},
             "source_tokens": {name: int(count) for name, count in zip(self._plan.sources, tokens, strict=True)},
         }
@@ -264,6 +262,15 @@ class Recorder:
             self.say(f"curves: python -m tensorboard.main --logdir {self._folder / 'tensorboard'}")
         if outcome == "stopped":
             self.say("to go on: the same command again")
+
+
+def _fetch(values: list[StepValues]) -> list[list[float]]:
+    """The numbers of all steps in one copy, the one synchronisation: per step totals, denominator, gradient norm, and
+    the lower and upper half of the fingerprint (a double holds 32 bits exactly, not 64)."""
+    prints = torch.stack([v.fingerprint for v in values])
+    halves = torch.stack([prints & 0xFFFFFFFF, (prints >> 32) & 0xFFFFFFFF], dim=1)
+    floats = torch.stack([torch.cat([v.totals, v.denominator[None], v.gradient_norm[None]]) for v in values])
+    return torch.cat([floats.double(), halves.double()], dim=1).tolist()
 
 
 def _short(value: float) -> str:
