@@ -3,9 +3,9 @@
 # the one at hand if it already has what is needed, else ROOT/.venv, made on first use from constraints.txt.
 
 setup_environment() {
-    local root="$1" purpose="$2" modules="torch, numpy, tiktoken" extra=""
+    local root="$1" purpose="$2" modules="torch, numpy, tiktoken, tensorboard" extra=""
     if [ "$purpose" = test ]; then
-        modules="$modules, pytest, hypothesis, xdist, transformers, datasets, tensorboard"
+        modules="$modules, pytest, pytest_timeout, xdist, hypothesis, transformers, datasets, ruff, pyrefly"
         extra="[dev]"
     fi
     if [ -z "${TITAN_VENV_ONLY:-}" ]; then
@@ -32,8 +32,9 @@ setup_environment() {
 
 _has_modules() {
     "$1" -c "
-import importlib.util, sys
-sys.exit(sys.version_info < (3, 11) or any(importlib.util.find_spec(name) is None for name in '$2'.split(', ')))" 2>/dev/null
+import importlib.metadata, importlib.util, sys
+version = tuple(int(part) for part in importlib.metadata.version('torch').split('.')[:2])
+sys.exit(sys.version_info < (3, 11) or version < (2, 11) or any(importlib.util.find_spec(name) is None for name in '$2'.split(', ')))" 2>/dev/null
 }
 
 _is_set_up() {

@@ -31,7 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ERROR: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        return 0
+        return 1 if options.verb is _train else 0  # the reader of a listing may have seen enough
+    except OSError as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"ERROR: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted before anything was started", file=sys.stderr)
+        return 75 if options.verb is _train else 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +143,15 @@ def _load(options: argparse.Namespace, name: str):
     return config.load(config.find(name, ROOT), options.overrides)
 
 
+def _plan(options: argparse.Namespace):
+    """The plan of the run as it is: it may have begun from another run's checkpoint."""
+    from titan_yulan.checkpoint.layout import newest_readable
+    from titan_yulan.checkpoint.resume import make_plan, run_folder
+
+    config = _load(options, options.config).config
+    return make_plan(config, newest_readable(run_folder(config) / "checkpoints", print))
+
+
 def _train(options: argparse.Namespace) -> int:
     from titan_yulan.launch import launch
 
@@ -205,16 +222,15 @@ def _data_inspect(options: argparse.Namespace) -> None:
 def _data_show(options: argparse.Namespace) -> None:
     from titan_yulan.curriculum.browse import show_step
 
-    for line in show_step(_load(options, options.config).config, options.step, options.rows):
+    for line in show_step(_plan(options), options.step, options.rows):
         print(line)
 
 
 def _data_stream(options: argparse.Namespace) -> None:
     from titan_yulan.curriculum.browse import stream_rows
 
-    config = _load(options, options.config).config
     for line in stream_rows(
-        config, options.phase, options.from_row, options.rows, options.world, options.rank, options.batch
+        _plan(options), options.phase, options.from_row, options.rows, options.world, options.rank, options.batch
     ):
         print(line)
 

@@ -33,9 +33,9 @@ from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.data.partition import micro_batches
 from titan_yulan.data.source import Source
-from titan_yulan.errors import RunError, UserError
+from titan_yulan.errors import UserError
 from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_atomically, write_status
-from titan_yulan.parallel.orphan import end_with_parent
+from titan_yulan.parallel.launched import DEVICE_VARIABLE, end_with_parent
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -109,18 +109,23 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     machine = inspect_machine()
     start = Launch.from_environment(machine)
     folder = run_folder(config)
-    checkpoint = newest_readable(folder / "checkpoints")
+    checkpoint = layout.newest_readable(folder / "checkpoints", print)
     plan = make_plan(config, checkpoint)
     resume = check_resume(config, plan, checkpoint, allow_changes)
     _say_plan(path, config, plan, start, machine, resume, folder)
     if resume.complete:
+        write_status(folder, "finished", 0, step=resume.step)
         print(f"the run in {folder} is complete: step {resume.step} of {plan.end.step}; nothing to do")
         return 0
     if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("monitor.tensorboard: the package tensorboard is missing; install it or set the key to false")
     again = shlex.join(["./run_train.sh", "--config", config_name, *overrides])
     print(f"to go on after a stop or a crash, the same command: {again}")
-    check_batches(config, start.world)
+    if machine.accelerators and start.processes > machine.accelerators:
+        raise UserError(
+            f"NPROC={start.processes}: this machine has {machine.accelerators} GPU(s), one for each process"
+        )
+    check_batches(plan, start.world)
     check_memory(config, start, machine)
     check_disk(config, plan, folder, resume)
     ensure_prepared(config)
@@ -167,17 +172,6 @@ def check_packages() -> None:
         raise UserError(f"PyTorch {version} is too old: 2.11 or newer is needed; ./run_train.sh can set it up")
 
 
-def newest_readable(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint whose state can be read; the workers verify the hashes and choose for themselves."""
-    for checkpoint in reversed(layout.find_checkpoints(folder)):
-        try:
-            checkpoint.state()
-            return checkpoint
-        except RunError:
-            continue
-    return None
-
-
 def _say_plan(
     path: Path, config: RunConfig, plan: Plan, start: Launch, machine: Machine, resume: Resume, folder: Path
 ) -> None:
@@ -207,13 +201,13 @@ def _say_plan(
     print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
 
 
-def check_batches(config: RunConfig, world: int) -> None:
+def check_batches(plan: Plan, world: int) -> None:
     """Every rank needs a row of every global batch.
 
     Raises:
         UserError: a batch has fewer rows than there are ranks.
     """
-    for phase in Plan(config).phases[config.first_phase :]:
+    for phase in plan.phases[plan.config.first_phase :]:
         if phase.batch_rows < world:
             raise UserError(
                 f"batch.global_batch_size of phase {phase.name!r} is {phase.batch_rows} rows, fewer than the {world} "
@@ -338,6 +332,7 @@ def _run(command: list[str], start: Launch, machine: Machine, folder: Path, lock
         **os.environ,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, machine.cores // start.processes))),
         "PYTHONUNBUFFERED": "1",
+        DEVICE_VARIABLE: "cuda" if machine.accelerators else "cpu",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
         # every restart gets a fresh store: in a shared one, ranks find the addresses of the ranks before the restart
         # and hang when they connect (pytorch issue 135712)
@@ -375,6 +370,7 @@ def exit_code(folder: Path, torchrun_code: int, stopped: bool) -> int:
         if stopped:
             print("stopped before the first step could end; the same command goes on")
             return 75
+        write_status(folder, "failed", 1, message=f"ended without a result (torchrun: {torchrun_code})")
         print(
             f"ERROR: the run ended without a result (torchrun: {torchrun_code}); the workers' output is in "
             f"{folder / 'logs'}. The same command goes on from the newest checkpoint",

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers, step_folder
-from titan_yulan.checkpoint.resume import check_data, check_resume, make_plan, run_folder
+from titan_yulan.checkpoint.resume import check_data, check_model, check_resume, make_plan, run_folder
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Duration
 from titan_yulan.curriculum.plan import PhasePlan
@@ -40,15 +40,15 @@ from titan_yulan.monitor.recorder import Recorder, StepValues
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate
 from titan_yulan.parallel import process
-from titan_yulan.parallel.orphan import end_with_parent
+from titan_yulan.parallel.launched import DEVICE_VARIABLE, end_with_parent
 from titan_yulan.parallel.process import World
-from titan_yulan.parallel.shard import build_decoder, sum_replicated_gradients
+from titan_yulan.parallel.shard import build_decoder, reshard, sum_replicated_gradients
 
 
 class Trainer:
     """One process's part of a run. Public methods in the order in which `train` calls them."""
 
-    def __init__(self, config: RunConfig, world: World, allow_changes: Collection[str] = ()) -> None:
+    def __init__(self, config: RunConfig, world: World, stop: StopSignals, allow_changes: Collection[str] = ()) -> None:
         """Read the data's descriptions, choose the checkpoint, build the model and load it.
 
         Raises:
@@ -57,12 +57,14 @@ class Trainer:
         self.config, self.world, self.allow_changes = config, world, allow_changes
         self.folder = run_folder(config)
         self.say = print if world.is_main else _silent
-        self.stop = _StopSignals()
+        self.stop = stop
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if world.is_main:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            if DEVICE_VARIABLE not in os.environ:
+                (self.folder / STOP_FILE).unlink(missing_ok=True)  # the launcher has done that before it could be asked
             write_status(self.folder, "running", 1)
             for leftover in remove_leftovers(self.folder / "checkpoints"):
                 self.say(f"removed {leftover}: a save that did not finish")
@@ -87,6 +89,7 @@ class Trainer:
             start = open_checkpoint(Path(config.phases[0].start_from))
             if damage := store.find_damage_together(start, world):
                 raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
+            check_model(config, start, allow_changes)
             check_data(start, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
             self._load(start)
             self.say(f"started from {start.path}")
@@ -104,6 +107,10 @@ class Trainer:
         self.layout = phase.section.parallel
         self.decoder = build_decoder(config.model, self.layout, self.world, config.run.seed)
         self.optimizer = build_adamw(self.decoder, config.model, config.optimizer)
+        self._set_rope_theta(phase)
+
+    def _set_rope_theta(self, phase: PhasePlan) -> None:
+        self.decoder.set_rope_theta(phase.section.rope_theta or self.config.model.rope_theta)
 
     def _tensors(self) -> dict[str, dict]:
         return {
@@ -138,7 +145,7 @@ class Trainer:
                     stopping = self._agree_to_stop()
                     if at_end or stopping or self._due(self.config.checkpoint.every, phase):
                         self.save(phase)
-                    if stopping:
+                    if stopping and self.step < self.plan.end.step:
                         self.say(f"stopped at step {self.step} on request; the same command goes on from there")
                         return "stopped"
         return "finished"
@@ -179,9 +186,12 @@ class Trainer:
     def _enter(self, phase: PhasePlan) -> None:
         """Make the model what this phase needs, and say where the run is."""
         if phase.section.parallel != self.layout:
-            self._build_model(phase)  # the boundary's checkpoint carries the weights over to the new layout
+            # the boundary's checkpoint carries the weights over to the new layout; the old ones go first, so that
+            # there is never room needed for both
+            del self.decoder, self.optimizer
+            self._build_model(phase)
             self._load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
-        self.decoder.set_rope_theta(phase.section.rope_theta or self.config.model.rope_theta)
+        self._set_rope_theta(phase)
         self.recorder.phase_begins(phase, self.step)
 
     def _loader(self, phase: PhasePlan) -> Loader:
@@ -222,7 +232,13 @@ class Trainer:
         begin = time.perf_counter()
         for rows, length in sorted(shapes):
             part = self.objective.inputs(_made_up_batch(rows, length, self.world.device))
-            (self._forward(part).objective / part.denominator).backward()
+            try:
+                (self._forward(part).objective / part.denominator).backward()
+            except torch.OutOfMemoryError as error:
+                raise RunError(
+                    f"batch.micro_batch_size: {rows} rows of {length} tokens do not fit into the memory of "
+                    f"{self.world.device}; lower it (it changes speed, not results)"
+                ) from error
             self.optimizer.zero_grad()
         self.say(f"dry run of {len(shapes)} batch shape(s): {time.perf_counter() - begin:.1f} s")
 
@@ -232,12 +248,12 @@ class Trainer:
             sums, tokens = validation_loss(
                 self.decoder, self.objective, self.held_out, self.held_out_tapes, micro_batch_size, self.world
             )
-            self.decoder.reshard()  # a forward pass without backward leaves the root's weights gathered
+            reshard(self.decoder)
             self.recorder.validation(self.step, sums, tokens)
 
     def save(self, phase: PhasePlan) -> None:
         """Write what is recorded, check that it is sound, then write a checkpoint."""
-        self.recorder.flush()
+        self.recorder.sync()
         self._agree_to_stop()  # a line that could not be written must not lie behind a checkpoint
         position = self.plan.position(self.step)
         tapes = phase.tapes(position.row - phase.start.row)
@@ -270,6 +286,7 @@ class Trainer:
                 self.tokenizer.encode(self.config.eval.prompt),
                 new_tokens=self.config.eval.new_tokens,
                 eos_id=self.tokenizer.eos_id,
+                vocab_size=self.tokenizer.vocab_size,
                 context=self.plan.phases[-1].sequence_length,
                 seed=self.config.run.seed,
                 device=self.world.device,
@@ -289,20 +306,31 @@ def train(config: RunConfig, allow_changes: Collection[str] = ()) -> str:
     Raises:
         UserError: (RunError among them) with one clear message.
     """
+    alone = not dist.is_initialized()
     world = process.start()
-    trainer = Trainer(config, world, allow_changes)
-    outcome = trainer.run()
-    trainer.close(outcome)
+    with StopSignals() as stop:
+        trainer = Trainer(config, world, stop, allow_changes)
+        outcome = trainer.run()
+        trainer.close(outcome)
+    if alone:
+        process.leave()
     return outcome
 
 
-class _StopSignals:
+class StopSignals:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the loop reads at the next step boundary."""
 
     def __init__(self) -> None:
         self.requested = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._request)
+
+    def __enter__(self) -> StopSignals:
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._request) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: object) -> None:
         self.requested = 1
@@ -354,7 +382,6 @@ def main() -> None:
             write_status(folder, "failed", error.exit_code, message=str(error))
         # if only this rank failed the others wait for it: torchrun must end them
         process.exit_process(0 if process.all_arrive() else 1)
-    process.leave()
     process.exit_process(0)
 
 

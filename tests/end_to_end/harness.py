@@ -127,7 +127,13 @@ def train(
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "NPROC": str(processes), "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={
+            **os.environ,
+            "NPROC": str(processes),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            **(environment or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -113,7 +113,9 @@ def test_checkpoint_of_another_model(refused, reference, tmp_path):
 
 
 def test_preset_that_does_not_fit(refused, tmp_path):
-    output = refused("--model.preset=llama3_8b", f"--run.output_dir={tmp_path}", file="debug.toml")
+    output = refused(
+        "--model.preset=llama3_8b", "--model.num_hidden_layers=5000", f"--run.output_dir={tmp_path}", file="debug.toml"
+    )
     assert "does not fit" in output and "GiB" in output and "./run_train.sh" in output
 
 

@@ -127,6 +127,52 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(start, run, reference):
     assert same_in_every_bit(run, reference)
 
 
+@pytest.mark.parametrize("name", ["state.json", "config.toml"])
+def test_a_damaged_small_file_is_passed_over_before_anything_starts(name, start, run, reference):
+    shutil.copytree(reference, run)
+    newest = find_checkpoints(run / "checkpoints")[-1]
+    file = newest.path / name
+    file.write_text(file.read_text().replace("42", "43").replace('"step": 38', '"step": 37'))
+    finished = start(2)
+    assert finished.code == 0, finished.output
+    assert f"{newest.path} is damaged and passed over: {file} is damaged" in finished.output
+    assert same_in_every_bit(run, reference)
+
+
+def test_a_phase_with_a_layout_of_its_own_is_rebuilt_from_its_boundary(run, reference, tmp_path, small_data):
+    """Not resharding changes no number, but it is another layout, and validation leaves its weights gathered."""
+    layout = 'name = "mix"\nparallel = { reshard_after_forward = false }'
+    phases = harness.PHASES.replace('name = "mix"', layout).replace('name = "anneal"', layout.replace("mix", "anneal"))
+    config = harness.write_small_config(tmp_path, small_data, tmp_path / "outputs", phases=phases)
+    result = train(config, 2)
+    assert result.code == 0, result.output
+    assert same_in_every_bit(run, reference)
+    again = train(config, 2)
+    assert "is complete" in again.output
+    manifests = [find_checkpoints(folder / "checkpoints")[-1].manifest() for folder in (run, reference)]
+    tensors = [{name: entry for name, entry in m.items() if name.endswith(".distcp")} for m in manifests]
+    assert tensors[0] == tensors[1]  # every bit of weights and optimizer
+
+
+def test_start_from_a_checkpoint_of_another_run_goes_on_with_its_rows(reference, run, tmp_path, small_data):
+    start_from = f'name = "mix"\nstart_from = "{reference}/checkpoints/step-00000016"\nlr = {{ shape = "linear", '
+    start_from += 'from = 0.81, to = 1.0, over = "4 steps" }'  # where the first run's warm-up of 20 steps stood
+    phases = harness.PHASES.split("[[curriculum]]")
+    tail = "[[curriculum]]" + "[[curriculum]]".join(phases[2:])
+    config = harness.write_small_config(
+        tmp_path, small_data, tmp_path / "outputs", phases=tail.replace('name = "mix"', start_from)
+    )
+    result = train(config, 2)
+    assert result.code == 0, result.output
+    assert column(metrics(run), "step") == list(range(17, STEPS + 1))
+    expected = metrics(reference)[16:]
+    assert column(metrics(run), "batch_fingerprint") == column(expected, "batch_fingerprint")
+    assert math.isclose(metrics(run)[0]["loss"], expected[0]["loss"], rel_tol=1e-9)
+    other_model = train(config, 2, "--model.embedding_scale=3.0", "--run.name=other")
+    assert other_model.code == 2
+    assert "model.embedding_scale: 10.0 -> 3.0" in other_model.output
+
+
 def test_the_last_phase_can_be_made_longer_after_the_end(reference, start, run, tmp_path, small_data):
     shutil.copytree(reference, run)
     longer = harness.PHASES.replace('length = "8 steps"', 'length = "12 steps"')

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,16 +116,35 @@ def find_damage(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> l
         files = checkpoint.manifest()
     except RunError as error:
         return [str(error)]
-    problems = []
-    for name in files if names is None else names:
-        path, expected = checkpoint.path / name, files[name]
+    checked = [
+        _find_file_damage(checkpoint.path / name, files.get(name)) for name in (files if names is None else names)
+    ]
+    return [problem for problem in checked if problem]
+
+
+def _find_file_damage(path: Path, expected: dict | None) -> str | None:
+    try:
+        if expected is None:
+            return f"{path} is not in the manifest"
         if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif path.stat().st_size != expected["size"]:
-            problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
-        elif hash_file(path) != expected["sha256"]:
-            problems.append(f"{path} is damaged (its SHA-256 differs from the manifest's)")
-    return problems
+            return f"{path} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if hash_file(path) != expected["sha256"]:
+            return f"{path} is damaged (its SHA-256 differs from the manifest's)"
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+    return None
+
+
+def newest_readable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose state and configuration are sound, for those who need no tensors."""
+    for checkpoint in reversed(find_checkpoints(folder)):
+        damage = find_damage(checkpoint, [STATE, CONFIG])
+        if not damage:
+            return checkpoint
+        report(f"WARNING: checkpoint {checkpoint.path} is damaged and passed over: {'; '.join(damage)}")
+    return None
 
 
 def commit(path: Path, files: dict[str, dict], state: TrainerState, config_toml: str) -> None:
@@ -171,14 +190,14 @@ def _sync_folder(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a checkpoint so that it is never seen half-deleted: its manifest goes first."""
     (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    shutil.rmtree(path, ignore_errors=True)  # what is left over is no checkpoint, and is removed at the next start
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
     """Delete step folders without a manifest (saves that did not finish); returns what was deleted."""
     leftovers = [path for path in folder.glob("step-*") if path.is_dir() and not (path / MANIFEST).is_file()]
     for path in leftovers:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     return leftovers
 
 

@@ -32,12 +32,13 @@ _FREE = (
     "eval.*",
     "phase.*.after",
     "phase.*.batch.micro_batch_size",
-    "phase.*.parallel.*",
 )
 # Changes that alter the model or what rows come next: refused unless named by --allow-change.
 _FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*")
 # The same for the phase of the checkpoint's step, which can still be made longer; everything of a phase before it is
 # frozen.
+# What --allow-change lets move the rows: then the plan cannot be compared with the checkpoint's place any more.
+_MOVES_ROWS = ("run.seed", "data.", "phase.")
 _FROZEN_CURRENT = ("mix*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
 
 
@@ -111,7 +112,7 @@ def check_resume(
             f"{checkpoint.path} is at step {state.step}, past the end of phase {state.phase!r} at step {phase_end}; "
             f"a phase cannot become shorter than what was trained: make phase {state.phase!r} longer"
         )
-    if not allow_changes:
+    if not any(key.startswith(_MOVES_ROWS) for key in allow_changes):
         _check_position(plan, checkpoint)
     return Resume(state.step, state.step == plan.end.step, notices)
 
@@ -165,9 +166,31 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     if not key.startswith("phase."):
         return _matches(key, _FROZEN)
     name, _, rest = key.removeprefix("phase.").partition(".")
+    if rest.startswith("parallel."):
+        return False  # changes the rounding, not the stream: noted
     if name not in present:
         return False  # a phase file may name only the phases up to its own
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
+
+
+def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[str] = ()) -> None:
+    """The checkpoint of `[phase] start_from` must be of this very model: a scale that differs changes no shape.
+
+    Raises:
+        UserError: listing what differs.
+    """
+    saved = configuration.load(start.path / layout.CONFIG).config
+    differences = [
+        difference
+        for difference in configuration.diff(saved, config)
+        if difference.key.startswith("model.") and difference.key not in allow_changes
+    ]
+    if differences:
+        lines = "\n  ".join(str(difference) for difference in differences)
+        raise UserError(
+            f"phase.start_from: {start.path} holds another model:\n  {lines}\nSet [model] as it was, or add "
+            "--allow-change KEY for each key above"
+        )
 
 
 def check_data(

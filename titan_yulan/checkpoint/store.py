@@ -169,7 +169,7 @@ def newest_good(folder: Path, world: World, report: Callable[[str], None]) -> Ch
     listed: list[list[str]] = [[str(checkpoint.path) for checkpoint in layout.find_checkpoints(folder)]]
     dist.broadcast_object_list(listed, src=0, group=world.host)
     for name in reversed(listed[0]):
-        checkpoint = layout.open_checkpoint(Path(name))
+        checkpoint = Checkpoint(Path(name), int(Path(name).name.removeprefix("step-")))
         damage = find_damage_together(checkpoint, world)
         if not damage:
             return checkpoint
@@ -226,4 +226,7 @@ def _shape_differences(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[
             found = tuple(entry.size) if entry is not None and hasattr(entry, "size") else "missing"
             if isinstance(tensor, Tensor) and found != tuple(tensor.shape):
                 differences[name] = (str(tuple(tensor.shape)), str(found))
+        for key, entry in stored.items():
+            if key.startswith(f"{section}.") and key.removeprefix(f"{section}.") not in content:
+                differences[key.removeprefix(f"{section}.")] = ("missing", str(tuple(getattr(entry, "size", ()))))
     return differences

@@ -26,7 +26,7 @@ def open_tapes(config: RunConfig, plan: Plan) -> list[Tape]:
 
 
 def stream_rows(
-    config: RunConfig,
+    plan: Plan,
     phase_name: str | None,
     first: int,
     count: int,
@@ -39,10 +39,16 @@ def stream_rows(
     With `world` and `rank`, only those that this rank would read when the global batch has `batch` rows.
 
     Raises:
-        UserError: no such phase or rank.
+        UserError: no such phase, rows or rank.
     """
-    plan = Plan(config)
+    config = plan.config
     phase = _phase(plan, phase_name or config.phases[config.first_phase].name)
+    if first < 0 or count < 1 or first + count > phase.rows_total:
+        raise UserError(
+            f"--from-row {first} --rows {count}: phase {phase.name!r} has the rows 0 to {phase.rows_total - 1}"
+        )
+    if batch is not None and batch < 1:
+        raise UserError(f"--batch {batch}: a global batch has at least one row")
     if (world is None) != (rank is None) or (world is not None and rank is not None and not 0 <= rank < world):
         raise UserError("--world W and --rank R go together, with 0 <= R < W")
     tapes = open_tapes(config, plan)
@@ -64,15 +70,15 @@ def stream_rows(
                 )
 
 
-def show_step(config: RunConfig, step: int, rows: int) -> Iterator[str]:
+def show_step(plan: Plan, step: int, rows: int) -> Iterator[str]:
     """The first `rows` rows of the global batch of a step (from 1), decoded.
 
     Raises:
         UserError: the run has no such step.
     """
-    plan = Plan(config)
-    if not 1 <= step <= plan.end.step:
-        raise UserError(f"--step {step}: the run has the steps 1 to {plan.end.step}")
+    config, begin = plan.config, plan.phases[0].start.step
+    if not begin < step <= plan.end.step:
+        raise UserError(f"--step {step}: the run has the steps {begin + 1} to {plan.end.step}")
     phase = plan.phase_at(step - 1)
     tokenizer = Tokenizer.load(Path(config.tokenizer.path))
     tapes = open_tapes(config, plan)

@@ -24,7 +24,7 @@ from titan_yulan.errors import UserError
 def batch_rows(batch: BatchSection, sequence_length: int) -> int:
     """Rows of one global batch."""
     size = batch.global_batch_size
-    return round(size.value / sequence_length) if isinstance(size, Tokens) else size
+    return int(size.value // sequence_length) if isinstance(size, Tokens) else size
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def generate(
     *,
     new_tokens: int,
     eos_id: int,
+    vocab_size: int,
     context: int,
     temperature: float = 0.8,
     top_k: int = 40,
@@ -30,6 +31,7 @@ def generate(
     (its last `context` tokens) is computed anew for every token.
 
     Args:
+        vocab_size: ids from here on are never drawn (the model may have more rows than the tokenizer entries).
         temperature: 0 takes the most likely token.
         top_k: only the k most likely tokens can be drawn.
     """
@@ -37,7 +39,9 @@ def generate(
     uniform = hashing.uniform(hashing.key(seed, "generate"), np.arange(new_tokens))
     for u in uniform.tolist():
         window = torch.tensor([ids[-context:]], device=device)
-        logits = decoder(window, head=lambda hidden, weight: hidden[:, -1] @ weight.t())[0].double()
+        logits = decoder(window, head=lambda hidden, weight: hidden[:, -1] @ weight.t())[0]
+        # on the host: one row, and CUDA has no deterministic cumulative sum
+        logits = logits[:vocab_size].double().cpu()
         logits, candidates = logits.topk(min(top_k, len(logits)))
         if temperature > 0:
             shares = (logits / temperature).softmax(0).cumsum(0)

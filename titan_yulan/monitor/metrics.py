@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ STOP_FILE = "stop"  # in the run folder: a request to save and end, looked for a
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new text, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # nodes share run folders, and containers on them have the same process ids
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -72,6 +74,10 @@ class JsonLines:
         """Append lines; a number that is not finite becomes null (JSON has no NaN)."""
         self._file.writelines(json.dumps(_without_nan(line), allow_nan=False) + "\n" for line in lines)
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written survive a crash of the machine."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -152,6 +152,18 @@ class Recorder:
             )
         return lines[-1]
 
+    def sync(self) -> None:
+        """Flush, and make the lines durable: none may be missing behind a checkpoint.
+
+        Raises:
+            RunError: as `flush`.
+        """
+        self.flush()
+        if self._main:
+            with self._writing():
+                self._metrics.sync()
+                self._validations.sync()
+
     def _line(self, step: int, values: StepValues, row: list[float]) -> dict[str, Any]:
         n = len(self._plan.sources)
         objective, cross_entropy, tokens = row[0], row[1 : 1 + n], row[1 + n : 1 + 2 * n]

@@ -49,11 +49,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's tensors by `PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`; the very tensors, for saving and loading."""
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+    state = {}
+    for name, parameter in model.named_parameters():
+        if parameter not in optimizer.state:
+            raise ValueError(f"{name} is not what the optimizer was built with; is its weight gathered?")
+        state |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return state
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_yulan.errors import UserError
+from titan_yulan.parallel.launched import DEVICE_VARIABLE
+
 
 @dataclass(frozen=True)
 class World:
@@ -37,8 +40,19 @@ class World:
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group that torchrun describes in the environment, or make one of this process alone."""
+    """Join the process group that torchrun describes in the environment, or make one of this process alone.
+
+    Raises:
+        UserError: the launcher's plan was made for another kind of device.
+    """
     cuda = torch.cuda.is_available()
+    planned = os.environ.get(DEVICE_VARIABLE)
+    if planned is not None and (planned == "cuda") != cuda:
+        why = "sees a GPU" if cuda else "cannot use the GPUs: is it a CPU build, or the driver too old?"
+        raise UserError(
+            f"the plan was made for {planned}, but this PyTorch ({torch.__version__}) {why}; install the PyTorch that "
+            "fits the driver, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

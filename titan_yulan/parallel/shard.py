@@ -55,6 +55,14 @@ def build_decoder(config: ModelConfig, section: ParallelSection, world: World, s
     return cast(ShardedDecoder, decoder)
 
 
+def reshard(decoder: nn.Module) -> None:
+    """Free the gathered weights of every block and the root. A forward pass without backward leaves them gathered, and
+    then the parameters are plain tensors in the compute type: nothing to save or to train."""
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def is_replicated(name: str) -> bool:
     """Whether a parameter is a WeSaR scalar or a norm weight."""
     return name.endswith("_alpha") or "norm" in name

@@ -1,10 +1,13 @@
-"""Processes that do not outlive the one that started them."""
+"""What the launcher and the processes it starts agree on, without torch: the kind of device, and a common end."""
 
 from __future__ import annotations
 
 import ctypes
 import signal
 import sys
+
+# Set by the launcher: the device ("cuda" or "cpu") that its plan and its memory check were made for.
+DEVICE_VARIABLE = "TITAN_YULAN_DEVICE"
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
