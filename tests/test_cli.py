@@ -248,6 +248,7 @@ def test_a_reader_that_closes_early_is_no_error(prepared: Path) -> None:
     root = Path(cli.__file__).resolve().parent.parent
     config = str(prepared / "config.toml")
     command = [sys.executable, "-m", "titan_yulan.cli", "data", "stream", "--config", config, "--rows", "20000"]
+    command.append("--phase.length=40000 rows")
     environment = {**os.environ, "PYTHONPATH": str(root)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, env=environment

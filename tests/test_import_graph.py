@@ -73,9 +73,10 @@ def test_imports_point_one_way(part: str) -> None:
     assert wrong == []
 
 
-def test_kernels_import_nothing_of_ours() -> None:
+def test_kernels_import_nothing_of_ours_but_each_other() -> None:
     for path in sorted((ROOT / "kernels").rglob("*.py")):
-        assert imported(ast.parse(path.read_text(encoding="utf-8"))) == set(), path
+        names = imported(ast.parse(path.read_text(encoding="utf-8")))
+        assert {name for name in names if not name.startswith("titan_yulan.kernels")} == set(), path
 
 
 def without_annotations(tree: ast.Module) -> ast.Module:

@@ -178,7 +178,7 @@ def test_a_checkpoint_that_is_being_deleted_is_invisible_from_the_start(
 ) -> None:
     made = make_checkpoint(tmp_path, 1)
     visible = []
-    monkeypatch.setattr(layout.shutil, "rmtree", lambda _: visible.append(steps(tmp_path)))
+    monkeypatch.setattr(layout.shutil, "rmtree", lambda *_, **__: visible.append(steps(tmp_path)))
     layout.remove(made.path)
     assert visible == [[]]
 

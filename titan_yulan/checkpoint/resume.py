@@ -142,7 +142,8 @@ def _check_changes(
         line = str(difference)
         # a source that came or went has not been read: else the mix of a phase that read it would differ as well
         other_source = difference.key.startswith("data.sources.") and None in (difference.old, difference.new)
-        if _matches(difference.key, _FREE) or difference.key in allowed or other_source:
+        past_layout = any(difference.key.startswith(f"phase.{name}.parallel.") for name in done)
+        if _matches(difference.key, _FREE) or difference.key in allowed or other_source or past_layout:
             continue
         if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
             refused.append(line)
@@ -167,7 +168,7 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
         return _matches(key, _FROZEN)
     name, _, rest = key.removeprefix("phase.").partition(".")
     if rest.startswith("parallel."):
-        return False  # changes the rounding, not the stream: noted
+        return False  # may change the rounding, not the stream: noted
     if name not in present:
         return False  # a phase file may name only the phases up to its own
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
