@@ -30,6 +30,7 @@ head_dim = 16
 vocab_size = 1024
 [optimizer]
 base_width = 16
+learning_rate = 0.01
 [tokenizer]
 path = "{data}/tokenizer.tiktoken"
 train_vocab_size = 1024
