@@ -1,7 +1,20 @@
-"""The output head and the cross-entropy with z-loss as one operation, without ever holding all logits.
+"""The output head and the weighted cross-entropy with z-loss as one operation, without ever holding all logits.
 
-loss_i = logsumexp(z_i) - z_i[target_i],  z_i = W h_i,  plus z_weight * logsumexp(z_i)^2 for the objective.
-The gradients of a chunk of rows are computed with its logits, so only one chunk's logits exist at a time.
+    z_i = W h_i,   loss_i = logsumexp(z_i) - z_i[target_i]
+    objective = sum_i w_i * (loss_i + z_weight * logsumexp(z_i)^2) / denominator
+
+Forward computes the gradients too, because a chunk's logits exist only then: for a chunk of tokens, the gradient G of
+the objective takes the place of the logits z = H W^T in one buffer (kernels/cross_entropy.py), then dH = G W and
+dW += G^T H. That is three matrix products per token, as many as with all logits in memory. Backward only multiplies by
+the upstream gradient, in float32. With 16-bit inputs, z and G are held in 16 bits as in PyTorch's own path, and dW is
+summed in float32 over all chunks, so that its error does not grow with their number.
+
+The rows of the buffer are a multiple of 64 elements apart: all begin on a 128-byte line, and the kernel moves 16 bytes
+at a time whatever the vocabulary. Larger chunks read and write dW (vocab x hidden, float32) less often; 4096 tokens
+keep that traffic small beside the products, and the buffer below 1 GB for a vocabulary of 99,000 in 16 bits.
+
+The operator sees plain tensors: under FSDP2 it must run inside the root's forward, where the (tied) head is gathered.
+A vocabulary sharded over ranks needs another operation.
 """
 
 from __future__ import annotations
@@ -9,71 +22,246 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 21  # logits held at a time; 8 MB in float32, which stays in a CPU's cache
+from titan_yulan.kernels.cross_entropy import (
+    FLOATING,
+    check_range,
+    check_rows,
+    cross_entropy_reference,
+    forward_gradient_rows,
+    forward_rows,
+    row_variants,
+)
+from titan_yulan.kernels.runtime import Kernels, choose
+from titan_yulan.kernels.variant import Variant
+
+_CHUNK_ROWS = 4096  # on a GPU
+_CHUNK_ELEMENTS = 1 << 21  # logits on a CPU; 8 MB in float32, which stay in its cache
+_ROW_ALIGNMENT = 64  # elements
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor, z_weight: float
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    z_weight: float = 0.0,
+    *,
+    denominator: Tensor | None = None,
+    with_logsumexp: bool = False,
+    chunk_rows: int | None = None,
+    kernels: Kernels = "auto",
+) -> tuple[Tensor, ...]:
     """Weighted cross-entropy of `hidden @ weight.T`.
 
     Args:
         hidden: (tokens, hidden_size).
-        weight: (vocab, hidden_size).
+        weight: (vocab, hidden_size), hidden's type; the head, tied or not.
         targets: (tokens,) int64.
-        token_weights: (tokens,) float32; 0 leaves a token out.
+        token_weights: (tokens,) float32; 0 leaves a token out, whatever its target and logits.
         z_weight: weight of the squared log-partition (z-loss).
+        denominator: one-element float32 tensor that divides the objective and the gradients; None for 1. It is not read
+            on the host, and better given here than divided by afterwards: the gradient of 16-bit hidden states is then
+            rounded once, not twice.
+        with_logsumexp: also return each token's logsumexp.
+        chunk_rows: tokens whose logits are held at a time; by default 4096 on a GPU and 2^21 logits on a CPU.
+        kernels: `"auto"` runs the Triton kernel where it can, `"triton"` insists, `"reference"` does its part in plain
+            PyTorch; chunks and matrix products are the same.
 
     Returns:
-        objective: () sum over tokens of weight * (cross-entropy + z_weight * logsumexp^2), differentiable.
-        cross_entropy: (tokens,) weight * cross-entropy, for reports only (no gradient).
-        Both in float32, or float64 if the input is.
+        objective: () sum over tokens of weight * (cross-entropy + z_weight * logsumexp^2), divided by the denominator;
+            differentiable with respect to hidden and weight.
+        cross_entropy: (tokens,) weight * cross-entropy, not divided; for reports, without gradient.
+        logsumexp: (tokens,) if asked for, 0 where the weight is 0; for reports, without gradient.
+        All in float32, or float64 if the input is. Nothing waits for the device.
+
+    Raises:
+        TypeError: a type other than those above.
+        ValueError: shapes or devices that do not fit, chunk_rows < 1, or Triton insisted on where it cannot run.
+        IndexError: a target outside the vocabulary, under TITAN_YULAN_CHECK_TARGETS=1 (which waits for the device;
+            without it such a target is an error of PyTorch's or, where Triton runs, a loss that is NaN).
     """
-    if not torch.is_grad_enabled():  # else autograd would still say that parameters need gradients
-        hidden, weight = hidden.detach(), weight.detach()
-    objective, cross_entropy = _LinearCrossEntropy.apply(hidden, weight, targets, token_weights, z_weight)
-    return objective, cross_entropy
+    use_triton = choose(kernels, hidden.device)
+    _check(hidden, weight, targets, token_weights, denominator, chunk_rows)
+    needed = torch.is_grad_enabled()  # without it parameters still say that they require gradients
+    objective, cross_entropy, logsumexp, _, _ = torch.ops.titan_yulan.linear_cross_entropy_forward(
+        hidden,
+        weight,
+        targets,
+        token_weights,
+        z_weight,
+        denominator,
+        chunk_rows,
+        needed and hidden.requires_grad,
+        needed and weight.requires_grad,
+        use_triton,
+    )
+    return (objective, cross_entropy, logsumexp) if with_logsumexp else (objective, cross_entropy)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, token_weights, z_weight):
-        compute = torch.promote_types(hidden.dtype, torch.float32)
-        chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=compute) if need_weight else None
-        objective = torch.zeros((), dtype=compute, device=hidden.device)
-        cross_entropy = torch.empty(hidden.shape[0], dtype=compute, device=hidden.device)
-        for start in range(0, hidden.shape[0], chunk):
-            part = slice(start, start + chunk)
-            h, t, w = hidden[part], targets[part], token_weights[part].to(compute)
-            logits = (h @ weight.t()).to(compute)
-            lse = logits.logsumexp(1)
-            losses = lse - logits.gather(1, t[:, None])[:, 0]
-            objective += (w * (losses + z_weight * lse.square())).sum()
-            cross_entropy[part] = w * losses
-            if need_hidden or need_weight:
-                # d objective / d z = w * ((1 + 2 z lse) softmax(z) - onehot(target))
-                grad = (logits - lse[:, None]).exp_().mul_((w * (1 + 2 * z_weight * lse))[:, None])
-                grad.scatter_add_(1, t[:, None], -w[:, None])
-                grad = grad.to(hidden.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = grad @ weight
-                if grad_weight is not None:
-                    grad_weight += grad.t() @ h
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(cross_entropy)
-        return objective, cross_entropy
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    z_weight: float = 0.0,
+    *,
+    denominator: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in plain PyTorch under autograd, with all logits in memory: (objective, cross_entropy, logsumexp)."""
+    logits = hidden @ weight.t()
+    return cross_entropy_reference(logits, targets, token_weights, z_weight, denominator=denominator)
 
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        grad_objective = grad_outputs[0]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_objective.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad_objective.to(grad_weight.dtype),
-            None,
-            None,
-            None,
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    denominator: Tensor | None,
+    chunk_rows: int | None,
+) -> None:
+    if hidden.dtype not in FLOATING:
+        raise TypeError(f"hidden is {hidden.dtype}; the head takes float32, float16, bfloat16 and float64")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight is {weight.dtype}, hidden is {hidden.dtype}: both must have one type")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+        shapes = f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"{shapes}; they must be (tokens, hidden_size) and (vocab, hidden_size)")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}, hidden is on {hidden.device}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows = {chunk_rows} must be at least 1")
+    check_rows(hidden.shape[0], targets, token_weights, denominator, hidden)
+
+
+def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
+    """What runs on a GPU on the buffer of logits, for the whole vocabulary and for its halves and sixths."""
+    result = []
+    for parts in (1, 2, 6):
+        part = vocab // parts
+        suffix = "" if parts == 1 else f"_of_{parts}_parts"
+        result += row_variants(part, _row_stride(part), ("forward", "forward_gradient"), suffix)
+    return result
+
+
+def _row_stride(vocab: int) -> int:
+    return (vocab + _ROW_ALIGNMENT - 1) // _ROW_ALIGNMENT * _ROW_ALIGNMENT
+
+
+def _rows_at_a_time(hidden: Tensor, vocab: int, chunk_rows: int | None) -> int:
+    if chunk_rows is None:
+        chunk_rows = _CHUNK_ROWS if hidden.is_cuda else _CHUNK_ELEMENTS // vocab
+    return max(1, min(chunk_rows, hidden.shape[0]))
+
+
+def _outer_products_(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """total (vocab, hidden_size) += gradient^T hidden in total's type, float32 where they have 16 bits; = if first."""
+    left, beta = gradient.t(), 0 if first else 1
+    if gradient.dtype == total.dtype:
+        torch.addmm(total, left, hidden, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, left, hidden, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, left.to(total.dtype), hidden.to(total.dtype), beta=beta, out=total)
+
+
+@torch.library.custom_op("titan_yulan::linear_cross_entropy_forward", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
+    z_weight: float,
+    denominator: Tensor | None,
+    chunk_rows: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    use_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """objective, cross_entropy, logsumexp, dH in hidden's type, dW in float32; a gradient not needed is empty."""
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    check_range(targets, token_weights, vocab)
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    use_triton = use_triton and compute == torch.float32
+    targets, weights = targets.contiguous(), token_weights.to(compute).contiguous()
+    divisor = None if denominator is None else denominator.to(compute).reshape(())
+    factors = weights if divisor is None else weights / divisor
+    chunk = _rows_at_a_time(hidden, vocab, chunk_rows)
+    buffer = hidden.new_empty((chunk, _row_stride(vocab)))
+    statistics = hidden.new_empty((3, rows), dtype=compute)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    grad_weight = hidden.new_zeros(weight.shape if need_weight and rows == 0 else (0,), dtype=compute)
+    if need_weight and rows:
+        grad_weight = hidden.new_empty(weight.shape, dtype=compute)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        logits, h = buffer[: part.stop - start], hidden[part]
+        torch.mm(h, weight.t(), out=logits[:, :vocab])
+        if not (need_hidden or need_weight):
+            forward_rows(logits, vocab, targets[part], factors[part], statistics[:, part], use_triton)
+            continue
+        gradient = forward_gradient_rows(
+            logits, vocab, targets[part], factors[part], z_weight, statistics[:, part], use_triton
         )
+        if need_hidden:
+            torch.mm(gradient, weight, out=grad_hidden[part])
+        if need_weight:
+            _outer_products_(grad_weight, gradient, h, first=start == 0)
+    losses, maxima, sums = statistics.unbind()
+    lse = maxima + sums.log()
+    cross_entropy = weights * losses
+    objective = (cross_entropy + z_weight * weights * lse.square()).sum()
+    return objective if divisor is None else objective / divisor, cross_entropy, lse, grad_hidden, grad_weight
+
+
+@_forward.register_fake
+def _(
+    hidden, weight, targets, token_weights, z_weight, denominator, chunk_rows, need_hidden, need_weight, use_triton
+):  # fmt: skip
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=compute),
+        hidden.new_empty((hidden.shape[0],), dtype=compute),
+        hidden.new_empty((hidden.shape[0],), dtype=compute),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=compute),
+    )
+
+
+@torch.library.custom_op("titan_yulan::linear_cross_entropy_backward", mutates_args=())
+def _backward(
+    grad_objective: Tensor, grad_hidden: Tensor, grad_weight: Tensor, weight_type: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both gradients times the upstream one, in float32, cast once to the types of hidden and weight."""
+    factor = grad_objective.reshape(1)  # of one dimension: a scalar would be rounded to 16 bits before the product
+    scaled_weight = torch.empty_like(grad_weight, dtype=weight_type)
+    return (
+        torch.mul(grad_hidden, factor, out=torch.empty_like(grad_hidden)),
+        torch.mul(grad_weight, factor, out=scaled_weight),
+    )
+
+
+@_backward.register_fake
+def _(grad_objective, grad_hidden, grad_weight, weight_type):
+    return torch.empty_like(grad_hidden), torch.empty_like(grad_weight, dtype=weight_type)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.need_hidden, ctx.need_weight = inputs[7:9]
+    ctx.weight_type = inputs[1].dtype
+    ctx.set_materialize_grads(False)  # else backward would be given zeros as large as the head
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+
+
+def _differentiate(ctx, grad_objective: Tensor | None, *_: Tensor | None):
+    nothing = (None,) * 8
+    if grad_objective is None:
+        return (None, None, *nothing)
+    grad_hidden, grad_weight = torch.ops.titan_yulan.linear_cross_entropy_backward(
+        grad_objective, *ctx.saved_tensors, ctx.weight_type
+    )
+    return (grad_hidden if ctx.need_hidden else None, grad_weight if ctx.need_weight else None, *nothing)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

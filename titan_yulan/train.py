@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.generate import generate
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
+from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_status
 from titan_yulan.monitor.recorder import Recorder, StepValues
 from titan_yulan.objective.next_token import NextToken
@@ -79,7 +81,8 @@ class Trainer:
             self.say(notice)
         self.step = self.resume.step
         self._open_held_out()
-        self.objective = NextToken(config.objective, len(self.plan.sources))
+        kernels = self._choose_kernels()
+        self.objective = NextToken(config.objective, len(self.plan.sources), kernels)
         self._build_model(self.plan.phase_at(self.step))
         if checkpoint is not None:
             check_data(checkpoint, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
@@ -93,6 +96,15 @@ class Trainer:
             check_data(start, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
             self._load(start)
             self.say(f"started from {start.path}")
+
+    def _choose_kernels(self) -> Kernels:
+        kernels = cast(Kernels, self.config.model.kernels)
+        try:
+            triton = choose(kernels, self.world.device)
+        except ValueError as error:
+            raise UserError(f"model.kernels: {error}") from error
+        self.say(f"kernels: {'Triton' if triton else 'plain PyTorch'} on {self.world.device.type}")
+        return kernels
 
     def _open_held_out(self) -> None:
         paths = {i: self.config.data.sources[name].validation_path for i, name in enumerate(self.plan.sources)}

@@ -55,7 +55,7 @@ def main(output: Path) -> int:
         difference = max(abs(validations(run)[-1]["validation_loss"][name] - last[name]) for name in last)
         check(f"last validation losses within {difference:.4f} nat (allowed 0.02)", difference <= 0.02)
 
-    start("moved", 2, expected=75, at_line="step 150/", action=stop)
+    start("moved", 2, expected=75, at_line="step 130/", action=stop)
     stopped = metrics(output / "moved" / "debug")[-1]["step"]
     start("moved", 3, expected=75, at_line=f"step {10 * (stopped // 10 + 2)}/", action=stop)
     stopped_again = metrics(output / "moved" / "debug")[-1]["step"]

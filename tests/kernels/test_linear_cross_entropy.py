@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from titan_yulan.kernels import linear_cross_entropy as module
-from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from titan_yulan.kernels.runtime import Kernels
 
 TOKENS, VOCAB, HIDDEN = 11, 13, 5
 
@@ -133,3 +136,96 @@ def test_no_gradients_are_computed_when_none_are_wanted(monkeypatch: pytest.Monk
     torch.testing.assert_close(objective, expected(*arguments, 0.1)[0].detach())
     with pytest.raises(AssertionError, match="a gradient was computed"):
         linear_cross_entropy(*arguments, 0.1)  # the probe works
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_denominator_divides_the_objective_and_the_gradients_but_not_the_report(kernels: Kernels) -> None:
+    arguments = inputs()
+    denominator = torch.tensor([7.0])
+    objective, cross_entropy, logsumexp = linear_cross_entropy(
+        *arguments, 0.1, denominator=denominator, with_logsumexp=True, chunk_rows=4, kernels=kernels
+    )
+    reference, other = expected(*arguments, 0.1)
+    torch.testing.assert_close(objective, reference / 7, rtol=1e-12, atol=0)
+    torch.testing.assert_close(cross_entropy, other.detach(), rtol=1e-12, atol=1e-12)
+    lse = torch.where(arguments[3] != 0, torch.logsumexp(arguments[0] @ arguments[1].t(), 1), 0)
+    torch.testing.assert_close(logsumexp, lse.detach(), rtol=1e-12, atol=1e-12)
+    assert not logsumexp.requires_grad
+    gradients = torch.autograd.grad(objective, arguments[:2])
+    torch.testing.assert_close(gradients, torch.autograd.grad(reference / 7, arguments[:2]), rtol=1e-11, atol=1e-12)
+
+
+def test_the_reference_with_all_logits() -> None:
+    hidden, weight, targets, token_weights = inputs()
+    targets[2] = -100  # without weight
+    denominator = torch.tensor(7.0)
+    whole = linear_cross_entropy_reference(hidden, weight, targets, token_weights, 0.1, denominator=denominator)
+    chunked = linear_cross_entropy(
+        hidden, weight, targets, token_weights, 0.1, denominator=denominator, with_logsumexp=True, chunk_rows=4
+    )
+    torch.testing.assert_close(whole, chunked, rtol=1e-12, atol=1e-12)
+    torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy_reference(h, w, targets, token_weights, 0.05)[0], (hidden, weight)
+    )
+
+
+def test_a_tied_head_gets_both_its_gradients() -> None:
+    _, weight, targets, token_weights = inputs()
+    tokens = torch.arange(TOKENS) % VOCAB
+    objective, _ = linear_cross_entropy(weight[tokens], weight, targets, token_weights, 0.1)
+    (gradient,) = torch.autograd.grad(objective, weight)
+    (other,) = torch.autograd.grad(expected(weight[tokens], weight, targets, token_weights, 0.1)[0], weight)
+    torch.testing.assert_close(gradient, other, rtol=1e-11, atol=1e-12)
+
+
+def test_a_16_bit_gradient_is_multiplied_in_float32() -> None:
+    """A factor rounded to bfloat16 before the product would be 0.3% off."""
+    arguments = inputs(torch.bfloat16)
+    objective, _ = linear_cross_entropy(*arguments, 0.1)
+    one = torch.autograd.grad(objective, arguments[:2], retain_graph=True)
+    factor = 1.0 + 2**-9
+    scaled = torch.autograd.grad(objective * factor, arguments[:2])
+    assert torch.equal(scaled[0], (one[0].float() * factor).to(torch.bfloat16))
+    assert not torch.equal(scaled[1], one[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.ones(TOKENS, HIDDEN, dtype=torch.int64)}, TypeError, "hidden is torch.int64"),
+        ({"hidden": torch.ones(TOKENS, HIDDEN)}, TypeError, "weight is torch.float64, hidden is torch.float32"),
+        ({"hidden": torch.ones(TOKENS, 4).double()}, ValueError, r"hidden has shape \(11, 4\), weight \(13, 5\)"),
+        ({"hidden": torch.ones(1, TOKENS, HIDDEN).double()}, ValueError, r"hidden has shape \(1, 11, 5\)"),
+        ({"weight": torch.ones(VOCAB, HIDDEN, device="meta").double()}, ValueError, "weight is on meta"),
+        ({"targets": torch.ones(TOKENS, dtype=torch.int32)}, TypeError, "targets is torch.int32"),
+        ({"targets": torch.ones(10, dtype=torch.int64)}, ValueError, r"targets has shape \(10,\); 11 tokens"),
+        ({"targets": torch.ones(TOKENS, dtype=torch.int64, device="meta")}, ValueError, "targets is on meta"),
+        ({"token_weights": torch.ones(TOKENS, dtype=torch.bool)}, TypeError, "token_weights is torch.bool"),
+        ({"token_weights": torch.ones(TOKENS, 1)}, ValueError, r"token_weights has shape \(11, 1\)"),
+        ({"denominator": torch.ones(2)}, ValueError, r"denominator must be one .* not \(2,\)"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows = 0"),
+        ({"kernels": "triton"}, ValueError, "Triton"),
+        ({"kernels": "fast"}, ValueError, 'kernels = "fast"'),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    hidden, weight, targets, token_weights = inputs()
+    arguments: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "token_weights": token_weights,
+        "z_weight": 0.1,
+    }
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**(arguments | change))
+
+
+def test_targets_are_checked_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets, token_weights = inputs()
+    targets[2], targets[5] = -100, VOCAB  # the first has no weight
+    monkeypatch.setenv("TITAN_YULAN_CHECK_TARGETS", "1")
+    with pytest.raises(IndexError, match=f"target {VOCAB} of token 5 is outside the vocabulary of {VOCAB}"):
+        linear_cross_entropy(hidden, weight, targets, token_weights, 0.1)
+    targets[5] = VOCAB - 1
+    assert linear_cross_entropy(hidden, weight, targets, token_weights, 0.1)[0].isfinite()

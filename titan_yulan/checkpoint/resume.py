@@ -18,6 +18,7 @@ from titan_yulan.errors import UserError
 # Changes that cannot alter the stream, the model or the past: always allowed.
 _FREE = (
     "first_phase",
+    "model.kernels",
     "run.name",
     "run.output_dir",
     "tokenizer.path",

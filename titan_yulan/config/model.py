@@ -97,6 +97,11 @@ class ModelConfig:
     norm_alpha: float = setting(1.0, "initial value")
     lm_head_alpha: float = setting(1.0, "initial value")
 
+    kernels: str = setting(
+        "auto",
+        "who computes norms, SwiGLU and the loss; auto: Triton where it runs, else plain PyTorch",
+        choices=("auto", "triton", "reference"),
+    )
     initializer_range: float = setting(5e-5, "standard deviation of the raw weights", gt=0)
     initialization: str | None = setting(
         None,

@@ -14,14 +14,15 @@ dict is already in the exchange format.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, overload
+from typing import TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_yulan.config.model import ModelConfig
-from titan_yulan.kernels.swiglu import swiglu_reference
+from titan_yulan.kernels.runtime import Kernels
+from titan_yulan.kernels.swiglu import swiglu
 from titan_yulan.model.attention import Attention, AttentionContext, document_mask
 from titan_yulan.model.rotary import rotary_tables
 from titan_yulan.model.scale import Alpha, RMSNorm, add_multiple, make_alpha, multiply
@@ -37,10 +38,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.kernels = cast(Kernels, config.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden) -> (batch, seq, hidden)."""
-        return self.down_proj(swiglu_reference(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), kernels=self.kernels))
 
 
 class DecoderLayer(nn.Module):

@@ -7,11 +7,14 @@ as in the published bfloat16 training of YuLan-Mini.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from titan_yulan.config.model import ModelConfig
-from titan_yulan.kernels.rms_norm import rms_norm_reference
+from titan_yulan.kernels.rms_norm import rms_norm, rms_norm_reference
+from titan_yulan.kernels.runtime import Kernels
 
 # A trained scalar of shape (1,), or the number 1 where the configuration has none.
 Alpha = nn.Parameter | float
@@ -80,6 +83,7 @@ class RMSNorm(nn.Module):
         self.gemma = config.rms_norm_style == "gemma"
         self.rounded = config.scalar_precision == "compute"
         self.upcast = upcast
+        self.kernels = cast(Kernels, config.kernels)
         self.weight = nn.Parameter(torch.full((config.hidden_size,), 0.0 if self.gemma else 1.0))
 
     def forward(self, x: Tensor, *factors: Alpha) -> Tensor:
@@ -88,7 +92,7 @@ class RMSNorm(nn.Module):
         scale = combine(factors, rounded_to)
         weight = self.weight if rounded_to is None else self.weight.to(rounded_to)
         if not self.gemma:
-            return rms_norm_reference(x, weight, self.eps, scale)
+            return rms_norm(x, weight, self.eps, scale, kernels=self.kernels)
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) if self.upcast else x
         normed = rms_norm_reference(wide, None, self.eps)
         return (normed * (1 + weight).to(normed.dtype) * scale).to(x.dtype)

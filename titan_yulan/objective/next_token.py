@@ -11,6 +11,7 @@ from torch import Tensor
 from titan_yulan.config.sections import ObjectiveSection
 from titan_yulan.data.loader import Batch
 from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+from titan_yulan.kernels.runtime import Kernels
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,13 @@ class NextToken:
 
     causal = True
 
-    def __init__(self, section: ObjectiveSection, sources: int) -> None:
-        self._section, self._sources = section, sources
+    def __init__(self, section: ObjectiveSection, sources: int, kernels: Kernels = "auto") -> None:
+        """
+        Args:
+            sources: number of sources, for the sums by source.
+            kernels: who computes the loss, see `kernels.runtime.choose`.
+        """
+        self._section, self._sources, self._kernels = section, sources, kernels
 
     def inputs(self, batch: Batch) -> Inputs:
         """Inputs and shifted targets of a micro-batch (the last token is only a target, the first only an input)."""
@@ -79,7 +85,12 @@ class NextToken:
             head_weight: (vocab, hidden).
         """
         objective, cross_entropy = linear_cross_entropy(
-            hidden.flatten(0, 1), head_weight, inputs.targets.flatten(), inputs.weights.flatten(), self._section.z_loss
+            hidden.flatten(0, 1),
+            head_weight,
+            inputs.targets.flatten(),
+            inputs.weights.flatten(),
+            self._section.z_loss,
+            kernels=self._kernels,
         )
         rows = cross_entropy.view_as(inputs.weights).sum(1)
         by_source = rows.new_zeros(2, self._sources).index_add_(
