@@ -8,6 +8,7 @@ finished steps alone (`curriculum.plan`), so the loop below keeps no other state
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import platform
 import signal
@@ -33,7 +34,7 @@ from titan_yulan.data.loader import Batch, Loader, fingerprint
 from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape
 from titan_yulan.data.tokenizer import Tokenizer
-from titan_yulan.errors import RunError, UserError
+from titan_yulan.errors import RunError, UserError, explain_os_error
 from titan_yulan.eval.generate import generate
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
 from titan_yulan.kernels.runtime import Kernels, choose
@@ -369,6 +370,13 @@ def _silent(*_: object) -> None:
     pass
 
 
+def _explain(error: OSError, folder: Path) -> RunError:
+    """A full or closed disk as a failure of the run; any other error of the system is a crash, and raised again."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        raise error
+    return RunError(explain_os_error(error, folder))
+
+
 def main() -> None:
     """One rank under torchrun. A failure that a restart cannot mend ends with 0 and is told through `status.json`
     (torchrun would restart a worker that ends otherwise); anything else crashes and is restarted."""
@@ -386,7 +394,8 @@ def main() -> None:
         process.exit_process(0)  # one rank has failed for good; the others were ended, and are not to try again
     try:
         train(config, arguments.allow_change)
-    except UserError as error:
+    except (UserError, OSError) as raised:
+        error = raised if isinstance(raised, UserError) else _explain(raised, run_folder(config))
         if arguments.debug:
             traceback.print_exc()
         folder = run_folder(config)
