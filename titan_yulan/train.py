@@ -228,7 +228,9 @@ class Trainer:
         stop = self.stop.requested or (self.world.is_main and (self.folder / STOP_FILE).exists())
         asked = self.world.agree(2 if self.recorder.failure else int(stop))
         if asked == 2:
-            raise RunError(self.recorder.failure or "the main rank could not write its records")
+            reason = [self.recorder.failure]  # the same words on all ranks, whichever writes them down last
+            dist.broadcast_object_list(reason, src=0, group=self.world.host)
+            raise RunError(str(reason[0]))
         return asked == 1
 
     def _due(self, every: Duration | None, phase: PhasePlan) -> bool:
