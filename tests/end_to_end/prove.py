@@ -1,4 +1,4 @@
-"""Prove the resume guarantees on the default job at its full size (about 15 minutes on 2 cores):
+"""Prove the resume guarantees on the default job at its full size (about 11 minutes on 2 cores):
 
     python -m tests.end_to_end.prove OUTPUT_DIR
 
