@@ -26,7 +26,7 @@ from pathlib import Path
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint
-from titan_yulan.checkpoint.resume import Resume, check_data, check_resume, make_plan, run_folder
+from titan_yulan.checkpoint.resume import Resume, check_data, check_model, check_resume, make_plan, run_folder
 from titan_yulan.config.model import count_parameters
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import Plan
@@ -112,6 +112,8 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     checkpoint = layout.newest_readable(folder / "checkpoints", print)
     plan = make_plan(config, checkpoint)
     resume = check_resume(config, plan, checkpoint, allow_changes)
+    if checkpoint is None and config.phases[0].start_from:
+        check_model(config, layout.open_checkpoint(Path(config.phases[0].start_from)), allow_changes)
     _say_plan(path, config, plan, start, machine, resume, folder)
     if resume.complete:
         write_status(folder, "finished", 0, step=resume.step)

@@ -171,6 +171,10 @@ def test_start_from_a_checkpoint_of_another_run_goes_on_with_its_rows(reference,
     other_model = train(config, 2, "--model.embedding_scale=3.0", "--run.name=other")
     assert other_model.code == 2
     assert "model.embedding_scale: 10.0 -> 3.0" in other_model.output
+    other_seed = train(config, 2, "--run.seed=1", "--run.name=other")
+    assert other_seed.code == 2
+    assert "run.seed: 42 -> 1" in other_seed.output
+    assert "kernels:" not in other_model.output + other_seed.output  # refused before any worker was started
 
 
 def test_the_last_phase_can_be_made_longer_after_the_end(reference, start, run, tmp_path, small_data):

@@ -176,7 +176,8 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
 
 
 def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[str] = ()) -> None:
-    """The checkpoint of `[phase] start_from` must be of this very model: a scale that differs changes no shape.
+    """The checkpoint of `[phase] start_from` must be of this very model (a scale that differs changes no shape), and of
+    this seed: its places on the tapes mean other rows on the tapes of another seed.
 
     Raises:
         UserError: listing what differs.
@@ -185,12 +186,14 @@ def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[
     differences = [
         difference
         for difference in configuration.diff(saved, config)
-        if difference.key.startswith("model.") and difference.key not in allow_changes
+        if (difference.key.startswith("model.") or difference.key == "run.seed")
+        and not _matches(difference.key, _FREE)
+        and difference.key not in allow_changes
     ]
     if differences:
         lines = "\n  ".join(str(difference) for difference in differences)
         raise UserError(
-            f"phase.start_from: {start.path} holds another model:\n  {lines}\nSet [model] as it was, or add "
+            f"phase.start_from: {start.path} is of another model or seed:\n  {lines}\nSet them as they were, or add "
             "--allow-change KEY for each key above"
         )
 

@@ -76,10 +76,10 @@ class Recorder:
                 {
                     "losses": {
                         "training": ["Multiline", [r"loss/train.*"]],
-                        "validation": ["Multiline", [rf"loss/val_({names})"]],
+                        "validation": ["Multiline", [rf"loss/val(_({names}))?$"]],
                     },
                     "curriculum": {
-                        "mix": ["Multiline", [r"data/share/.*"]],
+                        "mix": ["Multiline", [r"data/frac/.*"]],
                         "learning rate": ["Multiline", ["optim/lr"]],
                     },
                 }
@@ -195,7 +195,7 @@ class Recorder:
                     "optim/grad_norm": line["gradient_norm"],
                     "progress/tokens": line["tokens"],
                     **{f"loss/train_{name}": loss for name, loss in line["source_loss"].items()},
-                    **{f"data/share/{name}": count / total for name, count in line["source_tokens"].items()},
+                    **{f"data/frac/{name}": count / total for name, count in line["source_tokens"].items()},
                 },
             )
 
@@ -246,7 +246,10 @@ class Recorder:
             with self._writing():
                 self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
                 if self._board:
-                    self._board.scalars(step, {f"loss/val_{name}": loss for name, loss in losses.items()})
+                    scalars = {f"loss/val_{name}": loss for name, loss in losses.items()}
+                    if losses:
+                        scalars["loss/val"] = float(sums.sum() / tokens.sum())
+                    self._board.scalars(step, scalars)
                     self._board.flush()
         self._clock = time.perf_counter()
 
