@@ -27,7 +27,7 @@ from typing import Any
 from titan_yulan.kernels.variant import Variant
 
 # A file of this folder each, with a function `variants(hidden, intermediate, vocab)`.
-OPERATIONS = ("rms_norm", "add_rms_norm", "swiglu", "cross_entropy", "linear_cross_entropy")
+OPERATIONS = ("packed_linear", "rms_norm", "add_rms_norm", "swiglu", "cross_entropy", "linear_cross_entropy")
 
 # Hidden size, intermediate size and vocabulary of the model presets.
 SIZES = {
