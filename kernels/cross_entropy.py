@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_yulan.kernels.runtime import Kernels, runs_triton, tl, triton, use_operator
 from titan_yulan.kernels.variant import Variant
@@ -185,6 +185,26 @@ def forward_gradient_rows(
     return _gradient_in_torch(exponentials, targets, factors, z_weight, statistics).to(logits.dtype)
 
 
+def gradient_rows(
+    logits: Tensor,
+    vocab: int,
+    targets: Tensor,
+    factors: Tensor,
+    z_weight: float,
+    statistics: Tensor,
+    use_triton: bool,
+) -> Tensor:
+    """The gradient as `forward_gradient_rows` gives it, for `statistics` that are known.
+
+    They may be those of longer rows, of which the logits are some columns; a target of -1 is then in none of these.
+    """
+    if use_triton:
+        _launch(logits, vocab, targets, factors, statistics, z_weight, forward=False, gradients=logits)
+        return logits[:, :vocab]
+    exponentials = (logits[:, :vocab].to(statistics.dtype) - statistics[1][:, None]).exp_()
+    return _gradient_in_torch(exponentials, targets, factors, z_weight, statistics).to(logits.dtype)
+
+
 def _statistics_in_torch(logits: Tensor, targets: Tensor, factors: Tensor, statistics: Tensor) -> Tensor:
     """Fills `statistics`; returns exp(z - m)."""
     dead = factors == 0
@@ -202,12 +222,13 @@ def _statistics_in_torch(logits: Tensor, targets: Tensor, factors: Tensor, stati
 def _gradient_in_torch(
     exponentials: Tensor, targets: Tensor, factors: Tensor, z_weight: float, statistics: Tensor
 ) -> Tensor:
-    """The gradient, in the place of exp(z - m)."""
+    """The gradient, in the place of exp(z - m); a target of -1 is in none of the columns."""
     _, maxima, sums = statistics.unbind()
     dead = factors == 0
     share = factors * (1 + 2 * z_weight * (maxima + sums.log())) / sums
     exponentials.mul_(share[:, None]).masked_fill_(dead[:, None], 0)
-    return exponentials.scatter_add_(1, targets.masked_fill(dead, 0)[:, None], -factors[:, None])
+    none = dead | (targets == -1)
+    return exponentials.scatter_add_(1, targets.masked_fill(none, 0)[:, None], -factors.masked_fill(none, 0)[:, None])
 
 
 @triton.jit
@@ -271,7 +292,10 @@ def _row_kernel(
     GRADIENT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row. Without `losses`, m and s are given; without `gradients`, none is written."""
+    """One row. Without `losses`, m and s are given; without `gradients`, none is written.
+
+    Where m and s are given, the target may be in none of the columns: -1.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * STRIDE
     if gradients is not None:
@@ -432,3 +456,22 @@ def _differentiate(ctx, grad_losses: Tensor | None, _: Tensor | None):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class CrossEntropy(nn.Module):
+    """`cross_entropy` with its settings; returns (objective, cross_entropy, logsumexp)."""
+
+    def __init__(self, z_weight: float = 0.0, kernels: Kernels = "auto") -> None:
+        super().__init__()
+        self.z_weight = z_weight
+        self.kernels: Kernels = kernels
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, token_weights: Tensor, *, denominator: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return cross_entropy(
+            logits, targets, token_weights, self.z_weight, denominator=denominator, kernels=self.kernels
+        )
+
+    def extra_repr(self) -> str:
+        return f"z_weight={self.z_weight}, kernels={self.kernels!r}"

@@ -13,14 +13,17 @@ The rows of the buffer are a multiple of 64 elements apart: all begin on a 128-b
 at a time whatever the vocabulary. Larger chunks read and write dW (vocab x hidden, float32) less often; 4096 tokens
 keep that traffic small beside the products, and the buffer below 1 GB for a vocabulary of 99,000 in 16 bits.
 
+With a process group, every rank has the same tokens and its own rows of the head (vocabulary parallelism). Between
+the products stands then one all-gather of 3 numbers per token (kernels/vocabulary_parallel.py), and the kernel runs
+twice, before and after it. No rank ever holds, sends or receives logits of another's rows.
+
 The operator sees plain tensors: under FSDP2 it must run inside the root's forward, where the (tied) head is gathered.
-A vocabulary sharded over ranks needs another operation.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_yulan.kernels.cross_entropy import (
     FLOATING,
@@ -33,6 +36,7 @@ from titan_yulan.kernels.cross_entropy import (
 )
 from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.kernels.variant import Variant
+from titan_yulan.kernels.vocabulary_parallel import largest_shard, shard_of, sharded_rows
 
 _CHUNK_ROWS = 4096  # on a GPU
 _CHUNK_ELEMENTS = 1 << 21  # logits on a CPU; 8 MB in float32, which stay in its cache
@@ -50,8 +54,10 @@ def linear_cross_entropy(
     with_logsumexp: bool = False,
     chunk_rows: int | None = None,
     kernels: Kernels = "auto",
+    group: torch.distributed.ProcessGroup | str | None = None,
+    vocabulary_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Weighted cross-entropy of `hidden @ weight.T`.
+    """Weighted cross-entropy of `hidden @ weight.T`, with `group` over a head whose rows are spread over its ranks.
 
     Args:
         hidden: (tokens, hidden_size).
@@ -73,15 +79,24 @@ def linear_cross_entropy(
         cross_entropy: (tokens,) weight * cross-entropy, not divided; for reports, without gradient.
         logsumexp: (tokens,) if asked for, 0 where the weight is 0; for reports, without gradient.
         All in float32, or float64 if the input is. Nothing waits for the device.
+        With `group`, these three are bitwise the same on all ranks. The gradient of weight is that of the rank's rows;
+        the gradient of hidden is the rank's part of a sum over the group, which is left to the caller.
 
     Raises:
         TypeError: a type other than those above.
-        ValueError: shapes or devices that do not fit, chunk_rows < 1, or Triton insisted on where it cannot run.
+        ValueError: shapes or devices that do not fit, chunk_rows < 1, one of group and vocabulary_size without the
+            other, a shard of another size than the above, or Triton insisted on where it cannot run.
         IndexError: a target outside the vocabulary, under TITAN_YULAN_CHECK_TARGETS=1 (which waits for the device;
-            without it such a target is an error of PyTorch's or, where Triton runs, a loss that is NaN).
+            without it such a target is an error of PyTorch's or, where Triton runs, a loss that is NaN; with `group`,
+            a loss that is infinite).
     """
     use_triton = choose(kernels, hidden.device)
     _check(hidden, weight, targets, token_weights, denominator, chunk_rows)
+    if (group is None) != (vocabulary_size is None) or (weight.shape[0] == 0 and group is None):
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows, vocabulary_size is {vocabulary_size}: a head that is cut over ranks "
+            "needs both group and vocabulary_size, a whole head has rows and neither"
+        )
     needed = torch.is_grad_enabled()  # without it parameters still say that they require gradients
     objective, cross_entropy, logsumexp, _, _ = torch.ops.titan_yulan.linear_cross_entropy_forward(
         hidden,
@@ -94,6 +109,8 @@ def linear_cross_entropy(
         needed and hidden.requires_grad,
         needed and weight.requires_grad,
         use_triton,
+        vocabulary_size,
+        group if group is None or isinstance(group, str) else group.group_name,
     )
     return (objective, cross_entropy, logsumexp) if with_logsumexp else (objective, cross_entropy)
 
@@ -124,7 +141,7 @@ def _check(
         raise TypeError(f"hidden is {hidden.dtype}; the head takes float32, float16, bfloat16 and float64")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight is {weight.dtype}, hidden is {hidden.dtype}: both must have one type")
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"hidden has shape {tuple(hidden.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes}; they must be (tokens, hidden_size) and (vocab, hidden_size)")
     if weight.device != hidden.device:
@@ -135,12 +152,11 @@ def _check(
 
 
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
-    """What runs on a GPU on the buffer of logits, for the whole vocabulary and for its halves and sixths."""
-    result = []
-    for parts in (1, 2, 6):
-        part = vocab // parts
-        suffix = "" if parts == 1 else f"_of_{parts}_parts"
-        result += row_variants(part, _row_stride(part), ("forward", "forward_gradient"), suffix)
+    """What runs on a GPU on the buffer of logits, for the whole vocabulary and for one cut over 2 and 6 ranks."""
+    result = row_variants(vocab, _row_stride(vocab), ("forward", "forward_gradient"))
+    for ranks in (2, 6):
+        part = largest_shard(vocab, ranks)
+        result += row_variants(part, _row_stride(part), ("forward", "gradient"), f"_of_{ranks}_parts")
     return result
 
 
@@ -152,6 +168,23 @@ def _rows_at_a_time(hidden: Tensor, vocab: int, chunk_rows: int | None) -> int:
     if chunk_rows is None:
         chunk_rows = _CHUNK_ROWS if hidden.is_cuda else _CHUNK_ELEMENTS // vocab
     return max(1, min(chunk_rows, hidden.shape[0]))
+
+
+def _whole_rows(
+    logits: Tensor,
+    vocab: int,
+    targets: Tensor,
+    factors: Tensor,
+    z_weight: float,
+    statistics: Tensor,
+    need_gradient: bool,
+    use_triton: bool,
+) -> Tensor | None:
+    """What `sharded_rows` does where this rank has all columns: both in one launch."""
+    if need_gradient:
+        return forward_gradient_rows(logits, vocab, targets, factors, z_weight, statistics, use_triton)
+    forward_rows(logits, vocab, targets, factors, statistics, use_triton)
+    return None
 
 
 def _outer_products_(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
@@ -177,35 +210,34 @@ def _forward(
     need_hidden: bool,
     need_weight: bool,
     use_triton: bool,
+    vocabulary_size: int | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """objective, cross_entropy, logsumexp, dH in hidden's type, dW in float32; a gradient not needed is empty."""
     rows, vocab = hidden.shape[0], weight.shape[0]
-    check_range(targets, token_weights, vocab)
+    check_range(targets, token_weights, vocabulary_size or vocab)
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    use_triton = use_triton and compute == torch.float32
     targets, weights = targets.contiguous(), token_weights.to(compute).contiguous()
     divisor = None if denominator is None else denominator.to(compute).reshape(())
     factors = weights if divisor is None else weights / divisor
-    chunk = _rows_at_a_time(hidden, vocab, chunk_rows)
+    shard = None if group is None or vocabulary_size is None else shard_of(vocabulary_size, group, vocab)
+    chunk = _rows_at_a_time(hidden, vocab if shard is None else shard.largest, chunk_rows)
     buffer = hidden.new_empty((chunk, _row_stride(vocab)))
     statistics = hidden.new_empty((3, rows), dtype=compute)
     grad_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     grad_weight = hidden.new_zeros(weight.shape if need_weight and rows == 0 else (0,), dtype=compute)
     if need_weight and rows:
         grad_weight = hidden.new_empty(weight.shape, dtype=compute)
+    how = (need_hidden or need_weight, use_triton and compute == torch.float32)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         logits, h = buffer[: part.stop - start], hidden[part]
         torch.mm(h, weight.t(), out=logits[:, :vocab])
-        if not (need_hidden or need_weight):
-            forward_rows(logits, vocab, targets[part], factors[part], statistics[:, part], use_triton)
-            continue
-        gradient = forward_gradient_rows(
-            logits, vocab, targets[part], factors[part], z_weight, statistics[:, part], use_triton
-        )
-        if need_hidden:
+        of_rows = (targets[part], factors[part], z_weight, statistics[:, part], *how)
+        gradient = _whole_rows(logits, vocab, *of_rows) if shard is None else sharded_rows(logits, shard, *of_rows)
+        if gradient is not None and need_hidden:
             torch.mm(gradient, weight, out=grad_hidden[part])
-        if need_weight:
+        if gradient is not None and need_weight:
             _outer_products_(grad_weight, gradient, h, first=start == 0)
     losses, maxima, sums = statistics.unbind()
     lse = maxima + sums.log()
@@ -215,9 +247,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    hidden, weight, targets, token_weights, z_weight, denominator, chunk_rows, need_hidden, need_weight, use_triton
-):  # fmt: skip
+def _(hidden, weight, targets, token_weights, z_weight, denominator, chunk_rows, need_hidden, need_weight, *_):
     compute = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=compute),
@@ -255,7 +285,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_objective: Tensor | None, *_: Tensor | None):
-    nothing = (None,) * 8
+    nothing = (None,) * 10
     if grad_objective is None:
         return (None, None, *nothing)
     grad_hidden, grad_weight = torch.ops.titan_yulan.linear_cross_entropy_backward(
@@ -265,3 +295,35 @@ def _differentiate(ctx, grad_objective: Tensor | None, *_: Tensor | None):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class LinearCrossEntropy(nn.Module):
+    """`linear_cross_entropy` with its settings; returns (objective, cross_entropy). The head is given at each call."""
+
+    def __init__(self, z_weight: float = 0.0, chunk_rows: int | None = None, kernels: Kernels = "auto") -> None:
+        super().__init__()
+        self.z_weight, self.chunk_rows = z_weight, chunk_rows
+        self.kernels: Kernels = kernels
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        token_weights: Tensor,
+        *,
+        denominator: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            token_weights,
+            self.z_weight,
+            denominator=denominator,
+            chunk_rows=self.chunk_rows,
+            kernels=self.kernels,
+        )
+
+    def extra_repr(self) -> str:
+        return f"z_weight={self.z_weight}, chunk_rows={self.chunk_rows}, kernels={self.kernels!r}"

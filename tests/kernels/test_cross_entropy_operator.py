@@ -16,8 +16,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tests.distributed.ranks import run_ranks
 from titan_yulan.kernels import cross_entropy as logits_module
 from titan_yulan.kernels import linear_cross_entropy as head_module
-from titan_yulan.kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+from titan_yulan.kernels.cross_entropy import CrossEntropy, cross_entropy, cross_entropy_reference
+from titan_yulan.kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from titan_yulan.parallel.process import World
 
 TOKENS, VOCAB, HIDDEN, Z = 9, 21, 6, 0.05
@@ -212,14 +212,16 @@ def model_and_batch(*loss: Callable[..., tuple[Tensor, ...]]) -> tuple[Tied, lis
 
 def sharded(world: World) -> dict[str, dict[str, Tensor]]:
     """Full gradients of one batch cut over the ranks, eagerly and with the loss compiled."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     found = {}
+    mesh = init_device_mesh("cpu", (world.size,))
     compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
     for how, loss in (("eager", linear_cross_entropy), ("compiled", compiled)):
         model, batch = model_and_batch(loss)
-        fully_shard(model.layer, mesh=world.mesh)
-        fully_shard(model, mesh=world.mesh)
+        fully_shard(model.layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         mine = [tensor.tensor_split(world.size)[world.rank] for tensor in batch]
         denominator = mine[2].sum()
         dist.all_reduce(denominator)
@@ -235,3 +237,30 @@ def test_fsdp2_with_a_tied_head() -> None:
         for how, gradient_of in found.items():
             for name, parameter in model.named_parameters():
                 torch.testing.assert_close(gradient_of[name], parameter.grad, rtol=1e-5, atol=1e-6, msg=f"{how} {name}")
+
+
+@pytest.mark.parametrize("denominator", [None, torch.tensor(3.0)])
+def test_the_modules_are_the_functions_with_settings(denominator: Tensor | None) -> None:
+    logits, *rest = logits_inputs()
+    one, other = CrossEntropy(Z), partial(cross_entropy, z_weight=Z)
+    expected = gradients(partial(other, denominator=denominator), logits, *rest)
+    assert_equal(gradients(partial(one, denominator=denominator), logits, *rest), expected)
+    head_one, head_other = LinearCrossEntropy(Z, chunk_rows=4), partial(linear_cross_entropy, z_weight=Z, chunk_rows=4)
+    expected = gradients(partial(head_other, denominator=denominator), *inputs())
+    assert_equal(gradients(partial(head_one, denominator=denominator), *inputs()), expected)
+    assert not [*one.state_dict(), *head_one.state_dict()]
+    assert str(one) == "CrossEntropy(z_weight=0.05, kernels='auto')"
+    assert str(head_one) == "LinearCrossEntropy(z_weight=0.05, chunk_rows=4, kernels='auto')"
+
+
+def test_a_module_insists_on_its_kernels() -> None:
+    for module, arguments in (
+        (CrossEntropy(kernels="triton"), logits_inputs()),
+        (LinearCrossEntropy(kernels="triton"), inputs()),
+    ):
+        with pytest.raises(ValueError, match="Triton"):
+            module(*arguments)
+
+
+def assert_equal(values: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(values, expected, rtol=0, atol=0)
