@@ -21,7 +21,7 @@ arXiv 2412.17743) meet the layer's output without rounding it in between. The or
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_yulan.kernels.rms_norm import (
     BACKWARD_STAGES,
@@ -75,7 +75,7 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: as `rms_norm`, and where x and residual differ in type, shape or device.
     """
-    check_rms_norm(x, weight, eps)
+    check_rms_norm(x, weight, eps, scale, x_scale)
     if residual.dtype != x.dtype:
         raise TypeError(f"residual is {residual.dtype}, x is {x.dtype}: both must have one type")
     if residual.shape != x.shape or residual.device != x.device:
@@ -89,6 +89,26 @@ def add_rms_norm(
         x, residual, weight, eps, int(round_before_weight), scalar(scale, x), scalar(x_scale, x)
     )
     return y, residual_out
+
+
+class AddRMSNorm(nn.Module):
+    """`add_rms_norm` with a trained `weight` (size,), 1 at first; raises what `add_rms_norm` raises."""
+
+    def __init__(
+        self, size: int, eps: float = 1e-6, *, round_before_weight: bool = False, kernels: Kernels = "auto"
+    ) -> None:
+        super().__init__()
+        self.eps, self.round_before_weight, self.kernels = eps, round_before_weight, kernels
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(
+        self, x: Tensor, residual: Tensor, scale: Tensor | float | None = None, x_scale: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(..., size) twice -> y and residual_out, (..., size) each."""
+        rounding, kernels = self.round_before_weight, self.kernels
+        return add_rms_norm(
+            x, residual, self.weight, self.eps, scale, x_scale, round_before_weight=rounding, kernels=kernels
+        )
 
 
 def add_rms_norm_reference(
@@ -203,16 +223,9 @@ def _launch_forward(
 
 
 def _launch_backward(
-    grad_y: Tensor,
-    residual_out: Tensor,
-    reciprocal: Tensor,
-    weight: Tensor,
-    rounding: int,
-    grad_residual_out: Tensor | None,
-    scale: Tensor | None,
-    x: Tensor | None,
-    x_scale: Tensor | None,
-) -> _Gradients:
+    grad_y: Tensor, residual_out: Tensor, reciprocal: Tensor, weight: Tensor, rounding: int,
+    grad_residual_out: Tensor | None, scale: Tensor | None, x: Tensor | None, x_scale: Tensor | None,
+) -> _Gradients:  # fmt: skip
     """(d residual, dx, dw, dc, da), None where there is nothing to differentiate."""
     residual_out, weight = residual_out.contiguous(), weight.contiguous()
     grad_residual = torch.empty_like(residual_out)
@@ -248,16 +261,9 @@ def _compute_forward(
 
 
 def _compute_backward(
-    grad_y: Tensor,
-    residual_out: Tensor,
-    reciprocal: Tensor,
-    weight: Tensor,
-    rounding: int,
-    grad_residual_out: Tensor | None,
-    scale: Tensor | None,
-    x: Tensor | None,
-    x_scale: Tensor | None,
-) -> _Gradients:
+    grad_y: Tensor, residual_out: Tensor, reciprocal: Tensor, weight: Tensor, rounding: int,
+    grad_residual_out: Tensor | None, scale: Tensor | None, x: Tensor | None, x_scale: Tensor | None,
+) -> _Gradients:  # fmt: skip
     gradient, grad_weight, grad_scale = compute_backward(grad_y, residual_out, reciprocal, weight, rounding, scale)
     if grad_residual_out is not None:
         gradient = gradient + grad_residual_out

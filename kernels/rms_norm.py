@@ -20,7 +20,7 @@ P depends on the number of rows alone, so results repeat bit for bit and do not 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_yulan.kernels.runtime import (
     Kernels,
@@ -67,10 +67,26 @@ def rms_norm(
         TypeError: a type that is not floating.
         ValueError: shapes or devices that do not fit, or Triton insisted on where it cannot run.
     """
-    check_rms_norm(x, weight, eps)
+    check_rms_norm(x, weight, eps, scale)
     if not use_operator(kernels, x.device):
         return rms_norm_reference(x, weight, eps, 1.0 if scale is None else scale, round_before_weight)
     return torch.ops.titan_yulan.rms_norm_forward(x, weight, eps, int(round_before_weight), scalar(scale, x))[0]
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a trained `weight` (size,), 1 at first; raises what `rms_norm` raises."""
+
+    def __init__(
+        self, size: int, eps: float = 1e-6, *, round_before_weight: bool = False, kernels: Kernels = "auto"
+    ) -> None:
+        super().__init__()
+        self.eps, self.round_before_weight, self.kernels = eps, round_before_weight, kernels
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, scale: Tensor | float | None = None) -> Tensor:
+        """(..., size) -> (..., size)."""
+        rounding = self.round_before_weight
+        return rms_norm(x, self.weight, self.eps, scale, round_before_weight=rounding, kernels=self.kernels)
 
 
 def rms_norm_reference(
@@ -94,14 +110,10 @@ def scalar(value: Tensor | float | None, x: Tensor) -> Tensor | None:
         return None
     if not isinstance(value, Tensor):
         return torch.full((1,), value, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    if value.ndim > 1 or value.numel() != 1:
-        raise ValueError(f"a scale has shape () or (1,), not {tuple(value.shape)}")
-    if value.device != x.device:
-        raise ValueError(f"a scale is on {value.device}, x on {x.device}")
     return value
 
 
-def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+def check_rms_norm(x: Tensor, weight: Tensor, eps: float, *scales: Tensor | float | None) -> None:
     """Raise what `rms_norm` says it raises."""
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -112,6 +124,11 @@ def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}")
     if not eps >= 0:
         raise ValueError(f"eps = {eps} must not be negative")
+    for scale in scales:
+        if isinstance(scale, Tensor) and (scale.ndim > 1 or scale.numel() != 1):
+            raise ValueError(f"a scale has shape () or (1,), not {tuple(scale.shape)}")
+        if isinstance(scale, Tensor) and scale.device != x.device:
+            raise ValueError(f"a scale is on {scale.device}, x on {x.device}")
 
 
 # The kernels. `scale` is None where there is none, which Triton resolves when it compiles.
@@ -370,13 +387,8 @@ def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
     return [
         Variant("forward", _forward_kernel, forward, row | {"EPS": 1e-6}, tuple(forward), warps, bulk=bulk),
         Variant(
-            "backward",
-            _backward_kernel,
-            backward,
-            row | {"STAGES": BACKWARD_STAGES},
-            tuple(backward)[:-1],
-            warps,
-            bulk=bulk,
+            "backward", _backward_kernel, backward, row | {"STAGES": BACKWARD_STAGES}, tuple(backward)[:-1],
+            warps, bulk=bulk,
         ),
         Variant("sum", _sum_kernel, total | {"programs": "i32"}, tile, tuple(total), _SUM_WARPS, bulk=False),
-    ]
+    ]  # fmt: skip

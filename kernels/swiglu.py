@@ -14,7 +14,7 @@ of columns is a compile-time constant, so that the compiler still proves 16-byte
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_yulan.kernels.runtime import (
@@ -80,6 +80,18 @@ def swiglu_packed(gate_up: Tensor, *, kernels: Kernels = "auto") -> Tensor:
     if not use_operator(kernels, gate_up.device):
         return swiglu_reference(*gate_up.chunk(2, dim=-1))
     return torch.ops.titan_yulan.swiglu_packed_forward(gate_up)
+
+
+class SwiGLU(nn.Module):
+    """`swiglu`, or `swiglu_packed` if `packed`, as a module without parameters; raises what they raise."""
+
+    def __init__(self, packed: bool = False, kernels: Kernels = "auto") -> None:
+        super().__init__()
+        self.packed, self.kernels = packed, kernels
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """gate and up, or gate_up if packed -> (..., intermediate)."""
+        return (swiglu_packed if self.packed else swiglu)(*inputs, kernels=self.kernels)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:

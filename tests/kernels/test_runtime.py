@@ -18,7 +18,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
-    """A machine with one GPU, whose compute capability the test sets."""
+    """A machine with one GPU, whose compute capability the test sets.
+
+    A stand-in: the tests run without a GPU, and a machine that has one has one of one capability.
+    """
     capabilities = {0: (9, 0)}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime, "_capability", lambda index: capabilities[index])
@@ -36,8 +39,9 @@ def test_a_supported_gpu_runs_triton_unless_told_otherwise(gpu: dict[int, tuple[
 
 def test_an_old_gpu_warns_once_and_runs_the_reference(gpu: dict[int, tuple[int, int]]) -> None:
     gpu[0] = (7, 5)
-    with pytest.warns(UserWarning, match=r"cuda:0: compute capability 7\.5 is below 8\.0; the reference"):
+    with pytest.warns(UserWarning, match=r"cuda:0: compute capability 7\.5 is below 8\.0; the reference") as caught:
         assert not choose("auto", CUDA)
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not choose("auto", CUDA) and not use_operator("auto", CUDA)

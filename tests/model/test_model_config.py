@@ -230,6 +230,7 @@ def test_published_untied_embedding_starts_with_unit_deviation() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters"),
         ({"model_reproduce": "bert"}, "model_reproduce"),
         ({"embedding_ln": True, "embedding_rmsln": True}, "embedding_rmsln"),
+        ({"rms_type": "hugging_face"}, "rms_type"),
     ],
 )
 def test_published_keys_that_change_the_mathematics_are_refused(change: dict, named: str) -> None:
@@ -259,5 +260,11 @@ def test_published_llama_config() -> None:
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     }
     assert ModelConfig.from_published(values) == PRESETS["llama3_8b"]
+    assert PRESETS["llama3_8b"].rms_norm_style == "hugging_face"
     with pytest.raises(UserError, match="scale_emb"):
         ModelConfig.from_published(values | {"scale_emb": 12})
+
+
+def test_the_rounding_of_llama_cannot_be_published_in_the_format_of_yulan_mini() -> None:
+    with pytest.raises(UserError, match=r"model\.rms_norm_style = 'hugging_face' .*'rms_type' \(llama, gemma\)"):
+        dataclasses.replace(TINY, rms_norm_style="hugging_face").to_published()

@@ -63,8 +63,10 @@ class ModelConfig:
     norm_scale: float = setting(1.0, "constant multiplier of every RMSNorm's output", gt=0)
     rms_norm_style: str = setting(
         "llama",
-        "llama: weight from 1, applied in float32; gemma: weight stored minus 1, applied in the activation's precision",
-        choices=("llama", "gemma"),
+        "llama: weight from 1, applied in float32; hugging_face: as llama, but the normalised activation is first "
+        "rounded to its own type (in float32 the same); gemma: weight stored minus 1, applied in the activation's "
+        "precision",
+        choices=("llama", "hugging_face", "gemma"),
     )
     qk_layer_norm: bool = setting(False, "a LayerNorm per head on queries and keys before the rotation")
     attention_base_width: int | None = setting(
@@ -228,7 +230,11 @@ class ModelConfig:
         return cls(**published.read(values))
 
     def to_published(self) -> dict[str, Any]:
-        """The config.json of YuLan-Mini's training format, every derived value written out."""
+        """The config.json of YuLan-Mini's training format, every derived value written out.
+
+        Raises:
+            UserError: `rms_norm_style` is "hugging_face", which that format cannot say.
+        """
         return published.write(self)
 
 
@@ -272,6 +278,7 @@ _LLAMA3_8B = ModelConfig(
     tie_word_embeddings=False,
     embedding_scale=1.0,
     residual_scale=1.0,
+    rms_norm_style="hugging_face",
     wesar=False,
     initializer_range=0.02,
     initialization="transformer",

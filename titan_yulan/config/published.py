@@ -59,6 +59,9 @@ _TABLE: dict[str, tuple[str, Any, Any]] = {
     "lm_head_base_width": ("dim_model_base_lmh", 1, _ABSENT),
 }
 
+# The values that the released code knows for `rms_type`.
+_RMS_TYPES = ("llama", "gemma")
+
 # Keys that stand for a field in another form; `_read_yulan_mini` and `write` convert them.
 _CONVERTED = ("hidden_states_shrink", "embedding_ln", "embedding_rmsln", "model_reproduce")
 
@@ -84,10 +87,12 @@ _IGNORED = frozenset(
     """.split()
 )
 
-# What a Llama model means by the scales that its config.json does not have.
-_LLAMA_SCALES: dict[str, Any] = {
+# What a Llama model means by the keys that its config.json does not have. Its RMSNorm rounds before the weight, in
+# Hugging Face's code (`LlamaRMSNorm`) as in Meta's (github.com/meta-llama/llama3), and was trained so.
+_LLAMA_FIELDS: dict[str, Any] = {
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
+    "rms_norm_style": "hugging_face",
     "wesar": False,
     "initialization": "transformer",
 }
@@ -118,7 +123,7 @@ def read(values: Mapping[str, Any]) -> dict[str, Any]:
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     fields["rope_theta"] = float(fields["rope_theta"])
-    return fields | (_LLAMA_SCALES if is_llama else _read_yulan_mini(values, fields))
+    return fields | (_LLAMA_FIELDS if is_llama else _read_yulan_mini(values, fields))
 
 
 def _flatten_rope_parameters(values: dict[str, Any]) -> None:
@@ -154,6 +159,8 @@ def _read_yulan_mini(values: Mapping[str, Any], fields: dict[str, Any]) -> dict[
         shrink = 1 / math.sqrt(fields["num_hidden_layers"])
     if values.get("embedding_ln") and values.get("embedding_rmsln"):
         raise UserError("published keys 'embedding_ln' and 'embedding_rmsln' are both true; only one can be")
+    if fields["rms_norm_style"] not in _RMS_TYPES:
+        raise UserError(f"published key 'rms_type' = {fields['rms_norm_style']!r}: not one of {', '.join(_RMS_TYPES)}")
     rule = values.get("model_reproduce") or "transformer"
     if rule not in ("transformer", "minicpm", "cerebras"):
         raise UserError(f"published key 'model_reproduce' = {rule!r}: not one of transformer, minicpm, cerebras")
@@ -174,7 +181,16 @@ def _read_yulan_mini(values: Mapping[str, Any], fields: dict[str, Any]) -> dict[
 
 
 def write(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of YuLan-Mini's training format for `config`, every derived value written out."""
+    """The config.json of YuLan-Mini's training format for `config`, every derived value written out.
+
+    Raises:
+        UserError: the norm's rounding has no name in that format.
+    """
+    if config.rms_norm_style not in _RMS_TYPES:
+        raise UserError(
+            f"model.rms_norm_style = {config.rms_norm_style!r} has no value of the published key 'rms_type' "
+            f"({', '.join(_RMS_TYPES)}); 'llama' differs from it by one rounding in 16-bit types, in float32 not at all"
+        )
     values = {name: getattr(config, field) for field, (name, _, _) in _TABLE.items()}
     if config.attention_head_dim * config.num_attention_heads == config.hidden_size:
         del values["head_dim"]  # the released code has no such key: it divides
