@@ -35,6 +35,7 @@ from titan_yulan.data.partition import micro_batches
 from titan_yulan.data.source import Source
 from titan_yulan.errors import UserError
 from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_atomically, write_status
+from titan_yulan.parallel.degrees import Degrees, resolve_degrees
 from titan_yulan.parallel.launched import DEVICE_VARIABLE, end_with_parent
 from titan_yulan.plan.memory import (
     GIB,
@@ -114,7 +115,8 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     resume = check_resume(config, plan, checkpoint, allow_changes)
     if checkpoint is None and config.phases[0].start_from:
         check_model(config, layout.open_checkpoint(Path(config.phases[0].start_from)), allow_changes)
-    _say_plan(path, config, plan, start, machine, resume, folder)
+    degrees = check_layout(plan, start.world)
+    _say_plan(path, config, plan, degrees, start, machine, resume, folder)
     if resume.complete:
         write_status(folder, "finished", 0, step=resume.step)
         print(f"the run in {folder} is complete: step {resume.step} of {plan.end.step}; nothing to do")
@@ -127,7 +129,6 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
         raise UserError(
             f"NPROC={start.processes}: this machine has {machine.accelerators} GPU(s), one for each process"
         )
-    check_batches(plan, start.world)
     check_memory(config, start, machine)
     check_disk(config, plan, folder, resume)
     ensure_prepared(config)
@@ -175,7 +176,14 @@ def check_packages() -> None:
 
 
 def _say_plan(
-    path: Path, config: RunConfig, plan: Plan, start: Launch, machine: Machine, resume: Resume, folder: Path
+    path: Path,
+    config: RunConfig,
+    plan: Plan,
+    degrees: dict[str, Degrees],
+    start: Launch,
+    machine: Machine,
+    resume: Resume,
+    folder: Path,
 ) -> None:
     device = f"{machine.accelerators} x {machine.device}" if machine.accelerators else f"CPU, {machine.cores} cores"
     print(f"configuration  {path}")
@@ -198,23 +206,30 @@ def _say_plan(
         print(
             f"phase          {phase.name}: steps {phase.start.step + 1}-{phase.end.step}, "
             f"{phase.batch_rows} x {phase.sequence_length} tokens a step in "
-            f"{micro_batches(phase.batch_rows, start.world, micro)} micro-batch(es) of {micro} a rank, {shares}"
+            f"{micro_batches(phase.batch_rows, degrees[phase.name].data, micro)} micro-batch(es) of {micro} a rank, "
+            f"{shares}"
         )
     print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
 
 
-def check_batches(plan: Plan, world: int) -> None:
-    """Every rank needs a row of every global batch.
+def check_layout(plan: Plan, world: int) -> dict[str, Degrees]:
+    """The degrees of every phase to come, by its name.
 
     Raises:
-        UserError: a batch has fewer rows than there are ranks.
+        UserError: [parallel] does not fit the number of ranks, or a batch has too few rows for its ranks.
     """
+    found = {}
     for phase in plan.phases[plan.config.first_phase :]:
-        if phase.batch_rows < world:
+        section = phase.section
+        degrees = resolve_degrees(section.parallel, world, plan.config.model, section.sequence_length)
+        if phase.batch_rows < degrees.data:
             raise UserError(
-                f"batch.global_batch_size of phase {phase.name!r} is {phase.batch_rows} rows, fewer than the {world} "
-                f"ranks; start at most {phase.batch_rows} (NPROC={phase.batch_rows}) or enlarge the batch"
+                f"batch.global_batch_size of phase {phase.name!r} is {phase.batch_rows} rows, fewer than the "
+                f"{degrees.data} ranks that share it; start at most {phase.batch_rows} (NPROC={phase.batch_rows}), "
+                "enlarge the batch, or let ranks share rows (parallel.tensor, parallel.context)"
             )
+        found[phase.name] = degrees
+    return found
 
 
 def check_memory(config: RunConfig, start: Launch, machine: Machine) -> None:

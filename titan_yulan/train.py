@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Collection
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -40,12 +39,20 @@ from titan_yulan.eval.validation import HeldOutRows, validation_loss
 from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_status
 from titan_yulan.monitor.recorder import Recorder, StepValues
+from titan_yulan.objective.forward import forward
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate
 from titan_yulan.parallel import process
+from titan_yulan.parallel.compile import CompileWatch, compile_loss
+from titan_yulan.parallel.degrees import resolve_degrees
+from titan_yulan.parallel.fsdp import reshard, sum_replicated_gradients, synchronize_next_backward
 from titan_yulan.parallel.launched import DEVICE_VARIABLE, end_with_parent
+from titan_yulan.parallel.mesh import build_mesh
+from titan_yulan.parallel.parallelize import build_decoder
 from titan_yulan.parallel.process import World
-from titan_yulan.parallel.shard import build_decoder, reshard, sum_replicated_gradients
+
+# After the model is built anew, compiling is no surprise for so many steps.
+_COMPILING_STEPS = 2
 
 
 class Trainer:
@@ -82,8 +89,8 @@ class Trainer:
             self.say(notice)
         self.step = self.resume.step
         self._open_held_out()
-        kernels = self._choose_kernels()
-        self.objective = NextToken(config.objective, len(self.plan.sources), kernels)
+        self.kernels = self._choose_kernels()
+        self.compilations = CompileWatch()
         self._build_model(self.plan.phase_at(self.step))
         if checkpoint is not None:
             check_data(checkpoint, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
@@ -116,9 +123,29 @@ class Trainer:
         self.held_out_tapes = [held_out.get(i, tape) for i, tape in enumerate(self.tapes)]
 
     def _build_model(self, phase: PhasePlan) -> None:
-        config = self.config
-        self.layout = phase.section.parallel
-        self.decoder = build_decoder(config.model, self.layout, self.world, config.run.seed)
+        config, section = self.config, phase.section
+        self.layout = (section.parallel, section.activation_checkpoint)
+        degrees = resolve_degrees(section.parallel, self.world.size, config.model, section.sequence_length)
+        self.mesh = build_mesh(degrees, self.world.device.type)
+        self.say(degrees.describe())
+        self.decoder = build_decoder(
+            config.model,
+            section.parallel,
+            self.mesh,
+            config.run.seed,
+            self.world.device,
+            section.activation_checkpoint,
+            config.compile,
+        )
+        self.objective = NextToken(
+            config.objective,
+            len(self.plan.sources),
+            self.kernels,
+            group=self.mesh.tensor_group,
+            vocabulary_size=config.model.vocab_size,
+        )
+        compile_loss(self.objective, config.compile)
+        self.unsettled_steps = _COMPILING_STEPS
         self.optimizer = build_adamw(self.decoder, config.model, config.optimizer)
         self._set_rope_theta(phase)
 
@@ -152,6 +179,7 @@ class Trainer:
                     values = self._train_step(phase, batches)
                     self.step += 1
                     self.recorder.record(self.step, values, loader.waited)
+                    self._watch_compilations()
                     at_end = self.step == phase.end.step
                     if self._due(self.config.eval.every, phase) or self.step == self.plan.end.step:
                         self._validate()
@@ -165,40 +193,36 @@ class Trainer:
 
     def _train_step(self, phase: PhasePlan, batches: list[Batch]) -> StepValues:
         """Forward, backward and update for one global batch; nothing here waits for the device."""
+        mesh = self.mesh
         batches = [batch.to(self.world.device) for batch in batches]
         inputs = [self.objective.inputs(batch) for batch in batches]
-        denominator = torch.stack([part.denominator for part in inputs]).sum()
-        dist.all_reduce(denominator)
+        # context ranks read the same rows: the first of them speaks for all
+        denominator = torch.stack([part.denominator for part in inputs]).sum() * (mesh.context_rank == 0)
+        dist.all_reduce(denominator, group=mesh.loss_group)
+        divisor = torch.where(denominator == 0, 1.0, denominator)  # a batch without any target has no gradient
         totals = torch.zeros(1 + 2 * len(self.plan.sources), device=self.world.device)
-        for part in inputs:
-            sums = self._forward(part)
-            (sums.objective / denominator).backward()
-            totals += torch.cat([sums.objective.detach()[None], sums.cross_entropy, sums.tokens])
+        for index, part in enumerate(inputs):
+            synchronize_next_backward(self.decoder, phase.section.parallel, last=index == len(inputs) - 1)
+            sums = forward(self.decoder, self.objective, part, divisor)
+            sums.objective.backward()
+            objective = sums.objective.detach() * divisor
+            totals += torch.cat([objective[None], sums.cross_entropy, sums.tokens])
         sum_replicated_gradients(self.decoder)
         gradient_norm = clip_gradients(self.decoder.parameters(), self.config.optimizer.max_gradient_norm)
         learning_rate = self.plan.learning_rate(self.step)
         set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        dist.all_reduce(totals)
-        prints = torch.stack([_batch_fingerprint(batch) for batch in batches]).sum()
-        dist.all_reduce(prints)
+        dist.all_reduce(totals, group=mesh.loss_group)
+        prints = torch.stack([_batch_fingerprint(batch) for batch in batches]).sum() * (mesh.context_rank == 0)
+        dist.all_reduce(prints, group=mesh.loss_group)
         return StepValues(phase, learning_rate, totals, denominator, gradient_norm, prints)
-
-    def _forward(self, part):
-        return self.decoder(
-            part.input_ids,
-            position_ids=part.position_ids,
-            document_ids=part.document_ids,
-            causal=self.objective.causal,
-            head=partial(self.objective.loss, inputs=part),
-        )
 
     # --- pieces of the loop ------------------------------------------------------------------------------------
 
     def _enter(self, phase: PhasePlan) -> None:
         """Make the model what this phase needs, and say where the run is."""
-        if phase.section.parallel != self.layout:
+        if (phase.section.parallel, phase.section.activation_checkpoint) != self.layout:
             # the boundary's checkpoint carries the weights over to the new layout; the old ones go first, so that
             # there is never room needed for both
             del self.decoder, self.optimizer
@@ -212,8 +236,8 @@ class Trainer:
             phase,
             self.tapes,
             first_step=self.step - phase.start.step,
-            rank=self.world.rank,
-            world=self.world.size,
+            rank=self.mesh.data_rank,
+            world=self.mesh.data_size,
             micro_batch_size=phase.section.batch.micro_batch_size,
             prefetch=self.config.data.prefetch,
             pin_memory=self.world.device.type == "cuda",
@@ -248,7 +272,7 @@ class Trainer:
         for rows, length in sorted(shapes):
             part = self.objective.inputs(_made_up_batch(rows, length, self.world.device))
             try:
-                (self._forward(part).objective / part.denominator).backward()
+                forward(self.decoder, self.objective, part, part.denominator).objective.backward()
             except torch.OutOfMemoryError as error:
                 raise RunError(
                     f"batch.micro_batch_size: {rows} rows of {length} tokens do not fit into the memory of "
@@ -261,10 +285,27 @@ class Trainer:
         if self.held_out.batch_rows:
             micro_batch_size = self.plan.phases[0].section.batch.micro_batch_size
             sums, tokens = validation_loss(
-                self.decoder, self.objective, self.held_out, self.held_out_tapes, micro_batch_size, self.world
+                self.decoder,
+                self.objective,
+                self.held_out,
+                self.held_out_tapes,
+                micro_batch_size,
+                self.mesh,
+                self.world.device,
             )
             reshard(self.decoder)
             self.recorder.validation(self.step, sums, tokens)
+            self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
+
+    def _watch_compilations(self) -> None:
+        """Say what was compiled when it was to be expected, and complain when it was not."""
+        if self.unsettled_steps:
+            self.unsettled_steps -= 1
+            if not self.unsettled_steps and (line := self.compilations.settle()):
+                self.say(line)
+            return
+        for line in self.compilations.recompiled():
+            print(f"WARNING: step {self.step}, rank {self.world.rank}: {line}")
 
     def save(self, phase: PhasePlan) -> None:
         """Write what is recorded, check that it is sound, then write a checkpoint."""

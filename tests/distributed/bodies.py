@@ -15,15 +15,26 @@ from tests.curriculum.making import configuration, phase
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import TrainerState, open_checkpoint
 from titan_yulan.config.model import ModelConfig
-from titan_yulan.config.sections import ObjectiveSection, OptimizerSection, ParallelSection, RunConfig
+from titan_yulan.config.sections import (
+    ActivationCheckpointSection,
+    CompileSection,
+    ObjectiveSection,
+    OptimizerSection,
+    ParallelSection,
+    RunConfig,
+)
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data import hashing
 from titan_yulan.data.loader import Loader
 from titan_yulan.data.tape import Tape, TapeSlice
+from titan_yulan.objective.forward import forward
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, optimizer_state
+from titan_yulan.parallel.degrees import Degrees, resolve_degrees
+from titan_yulan.parallel.fsdp import ShardedDecoder, sum_replicated_gradients
+from titan_yulan.parallel.mesh import build_mesh
+from titan_yulan.parallel.parallelize import build_decoder
 from titan_yulan.parallel.process import World
-from titan_yulan.parallel.shard import build_decoder, sum_replicated_gradients
 from titan_yulan.train import Trainer
 
 # No size divides by 2 or 3, and of the keys' 4 rows the third of three ranks gets none.
@@ -64,13 +75,20 @@ def run_config() -> RunConfig:
     return configuration(section, optimizer=OPTIMIZER, objective=ObjectiveSection(z_loss=0.01))
 
 
+def make_decoder(section: ParallelSection, world: World, seed: int) -> ShardedDecoder:
+    mesh = build_mesh(resolve_degrees(section, world.size, MODEL, LENGTH), "cpu")
+    plain = ActivationCheckpointSection(), CompileSection()
+    return build_decoder(MODEL, section, mesh, seed, world.device, *plain)
+
+
 def make_trainer(world: World, seed: int) -> Trainer:
     """A trainer without files: what its step needs."""
     config = run_config()
     trainer = object.__new__(Trainer)
     trainer.config, trainer.world, trainer.plan, trainer.step = config, world, Plan(config), 0
     trainer.objective = NextToken(config.objective, 2)
-    trainer.decoder = build_decoder(MODEL, PARALLEL, world, seed)
+    trainer.mesh = build_mesh(Degrees(1, world.size, 1, 1), "cpu")
+    trainer.decoder = make_decoder(PARALLEL, world, seed)
     trainer.optimizer = build_adamw(trainer.decoder, MODEL, OPTIMIZER)
     return trainer
 
@@ -96,7 +114,7 @@ def gradients(trainer: Trainer, world: World) -> dict[str, Tensor]:
     denominator = torch.stack([part.denominator for part in inputs]).sum()
     torch.distributed.all_reduce(denominator)
     for part in inputs:
-        (trainer._forward(part).objective / denominator).backward()
+        forward(trainer.decoder, trainer.objective, part, denominator).objective.backward()
     sum_replicated_gradients(trainer.decoder)
     found = full({n: p.grad for n, p in trainer.decoder.named_parameters() if p.grad is not None})
     trainer.optimizer.zero_grad()
@@ -154,7 +172,7 @@ def training(world: World, folder: Path) -> dict[str, Any]:
 
 def bfloat16(world: World) -> dict[str, Any]:
     """What the forward pass sees under a compute type of bfloat16."""
-    decoder = build_decoder(MODEL, ParallelSection(compute_dtype="bfloat16"), world, seed=3)
+    decoder = make_decoder(ParallelSection(compute_dtype="bfloat16"), world, seed=3)
     seen: dict[str, Any] = {}
 
     def look(module: nn.Module, *_: object) -> None:

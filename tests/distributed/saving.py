@@ -14,13 +14,16 @@ from tests.distributed.bodies import full, state_of
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import MANIFEST, find_checkpoints, find_damage, step_folder
 from titan_yulan.errors import RunError
+from titan_yulan.parallel.degrees import Degrees
+from titan_yulan.parallel.mesh import build_mesh
 from titan_yulan.parallel.process import World
 
 
 def make_tensors(world: World, seed: int) -> dict[str, Any]:
     """240 kB, half of it in each rank's file."""
+    mesh = build_mesh(Degrees(1, world.size, 1, 1), "cpu").fsdp
     values = torch.randn(60_001, generator=torch.Generator().manual_seed(seed))
-    return {"model": {"w": distribute_tensor(values, world.mesh, [Shard(0)]), "alpha": torch.tensor([0.5 + seed])}}
+    return {"model": {"w": distribute_tensor(values, mesh, [Shard(0)]), "alpha": torch.tensor([0.5 + seed])}}
 
 
 def save(world: World, folder: Path, step: int, keep: int = 9, finished: bool = False) -> None:

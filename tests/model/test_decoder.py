@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from titan_yulan.config.model import PRESETS, ModelConfig
 from titan_yulan.model.decoder import Decoder
 from titan_yulan.model.initialise import initialise
-from titan_yulan.model.scale import RMSNorm, add_multiple, combine, multiply
+from titan_yulan.model.scale import RMSNorm, combine, multiply
 
 SMALL = ModelConfig(
     vocab_size=23,
@@ -90,7 +91,7 @@ def test_head_runs_inside_forward_on_the_tied_weight() -> None:
 def test_activations_have_the_type_of_the_weights(dtype: torch.dtype, options: dict) -> None:
     decoder, types = small_decoder(**options).to(dtype), set()
     for module in decoder.modules():
-        module.register_forward_hook(lambda module, args, output: types.add(output.dtype))
+        module.register_forward_hook(lambda module, args, output: types.update(x.dtype for x in tree_leaves(output)))
     logits = decoder(random_ids(2, 5), document_ids=torch.zeros(2, 5, dtype=torch.int64))
     assert logits.dtype == dtype
     assert types == {dtype}
@@ -123,14 +124,11 @@ def test_mixed_precision_stays_close_to_float64(options: dict) -> None:
 @settings(max_examples=50, deadline=None)
 def test_scalars_meet_the_activation_unrounded(value: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x, residual = (torch.randn(16, generator=generator).bfloat16() for _ in range(2))
+    x = torch.randn(16, generator=generator).bfloat16()
     alpha = torch.nn.Parameter(torch.tensor([value]))
     exact = x.double() * alpha.double()
     # One rounding to bfloat16 of a float32 product: half a unit in the last of 8 bits is at most 2^-8.
     assert ((multiply(x, alpha, rounded=False).double() - exact).abs() <= exact.abs() * 2**-8 * 1.001).all()
-    added = residual.double() + 0.5 * exact
-    bound = added.abs() * 2**-8 * 1.001 + 2**-22 * (residual.abs() + exact.abs()).double()
-    assert ((add_multiple(residual, x, 0.5, alpha, rounded=False).double() - added).abs() <= bound).all()
 
 
 def test_published_precision_rounds_the_scalar() -> None:

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from titan_yulan.config.model import ModelConfig
-from titan_yulan.model.attention import AttentionContext
+from titan_yulan.model.attend import AttentionContext
 from titan_yulan.model.decoder import Decoder
 from titan_yulan.model.initialise import initialise
 
@@ -49,7 +49,7 @@ def test_fsdp_gathers_the_tied_weight_and_leaves_the_rotary_tables_alone(one_ran
     contexts: list[AttentionContext] = []
     for layer in decoder.model.layers:
         fully_shard(layer, mp_policy=policy)
-        layer.register_forward_pre_hook(lambda module, args: contexts.append(args[1]))
+        layer.register_forward_pre_hook(lambda module, args: contexts.append(args[2]))
     fully_shard(decoder, mp_policy=policy)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ PLAN = Plan(CONFIG)
 
 
 def make(folder: Path, rank: int = 0, step: int | None = None) -> Recorder:
-    world = World(rank, 2, torch.device("cpu"), cast(Any, None), cast(Any, None))
+    world = World(rank, 2, torch.device("cpu"), cast(Any, None))
     return Recorder(CONFIG, PLAN, folder, step, world)
 
 

@@ -28,6 +28,7 @@ _FREE = (
     "data.sources.*.validation_path",
     "data.sources.*.text",
     "data.sources.*.validation_share",
+    "compile.*",
     "checkpoint.*",
     "monitor.*",
     "eval.*",
@@ -41,6 +42,8 @@ _FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*")
 # What --allow-change lets move the rows: then the plan cannot be compared with the checkpoint's place any more.
 _MOVES_ROWS = ("run.seed", "data.", "phase.")
 _FROZEN_CURRENT = ("mix*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
+# Tables of a phase that decide how it is computed, not what: a change is told, never refused.
+_LAYOUT = ("parallel", "activation_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _check_changes(
         line = str(difference)
         # a source that came or went has not been read: else the mix of a phase that read it would differ as well
         other_source = difference.key.startswith("data.sources.") and None in (difference.old, difference.new)
-        past_layout = any(difference.key.startswith(f"phase.{name}.parallel.") for name in done)
+        past_layout = any(difference.key.startswith(f"phase.{name}.{part}.") for name in done for part in _LAYOUT)
         if _matches(difference.key, _FREE) or difference.key in allowed or other_source or past_layout:
             continue
         if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
@@ -168,7 +171,7 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     if not key.startswith("phase."):
         return _matches(key, _FROZEN)
     name, _, rest = key.removeprefix("phase.").partition(".")
-    if rest.startswith("parallel."):
+    if rest.partition(".")[0] in _LAYOUT:
         return False  # may change the rounding, not the stream: noted
     if name not in present:
         return False  # a phase file may name only the phases up to its own

@@ -90,6 +90,12 @@ class _Check:
     def phase(self, phase: PhaseSection, path: KeyPath) -> None:
         self.mix(phase, path)
         self.batch(phase, path)
+        if _sound(phase.parallel) and _sound(phase.parallel.pipeline) and phase.parallel.pipeline != 1:
+            self.refuse(
+                (*path, "parallel", "pipeline"),
+                f"found {phase.parallel.pipeline}; there is no pipeline parallelism, because models of 1 to 8 billion "
+                "parameters fit without its idle time; use data_shard, tensor and context",
+            )
         if _sound(phase.length) and phase.length is not None:
             self.length(phase, phase.length, (*path, "length"))
         elif _sound(phase.length, phase.mix) and phase.mix and all(isinstance(v, Tokens) for v in phase.mix.values()):

@@ -71,9 +71,11 @@ def _key(key: Key) -> dict[str, Any]:
     if key.optional:
         value = {"anyOf": [value, {"const": NONE_TEXT}]}
     described: dict[str, Any] = {**value, "description": key.field.metadata.get("help") or value.get("description", "")}
-    if key.required and not is_section(key.type):
+    if is_section(key.type):
+        return described
+    if key.required:
         described["description"] += " (required)"
-    elif not key.required:
+    else:
         described["default"] = _plain(key.default)
     return described
 

@@ -78,11 +78,50 @@ class BatchSection:
 
 @dataclass(frozen=True)
 class ParallelSection:
-    """`[parallel]`: how the model is laid out over the ranks."""
+    """`[parallel]`: how the model is laid out over the ranks.
 
+    The product of data_replicate, data_shard, tensor and context is the number of ranks.
+    """
+
+    data_replicate: int = setting(1, "groups of ranks that each hold all weights (HSDP; DDP with data_shard = 1)", ge=1)
+    data_shard: int = setting(
+        -1, "ranks among which weights, gradients and optimizer state are cut; -1: the rest", ge=-1
+    )
+    tensor: int = setting(1, "ranks that share every matrix product; divides the heads and the key-value heads", ge=1)
+    context: int = setting(1, "ranks that share every row's sequence", ge=1)
+    pipeline: int = setting(1, "stays 1: there is no pipeline parallelism", ge=1)
     compute_dtype: str = setting("bfloat16", "type of matrix products", choices=("bfloat16", "float32"))
     reduce_dtype: str = setting("float32", "type of gradient reduction", choices=("bfloat16", "float32"))
     reshard_after_forward: bool = setting(True, "free a block's gathered weights between forward and backward")
+    synchronize: str = setting(
+        "every",
+        "when gradients are reduced: after every micro-batch, or after the last one of a step, for which every rank "
+        "keeps full gradients in float32",
+        choices=("every", "last"),
+    )
+    cpu_offload: bool = setting(False, "keep weights, gradients and optimizer state in the host's memory")
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointSection:
+    """`[activation_checkpoint]`: what backward computes again instead of keeping it from forward."""
+
+    mode: str = setting(
+        "none",
+        "none; full: every block; every: every block whose index `every` does not divide (published as "
+        "gradient_checkpointing_step); selective: all but matrix products and attention",
+        choices=("none", "full", "every", "selective"),
+    )
+    every: int = setting(1, "for mode = 'every': blocks 0, every, 2 every, ... keep their activations", ge=1)
+
+
+@dataclass(frozen=True)
+class CompileSection:
+    """`[compile]`: torch.compile, a block at a time."""
+
+    enabled: bool = setting(False, "compile the blocks and the loss")
+    backend: str = setting("inductor", "aot_eager traces without generating code", choices=("inductor", "aot_eager"))
+    cache_dir: str = setting("", "compiled code is kept here between starts; empty: ~/.cache/titan_yulan/inductor")
 
 
 @dataclass(frozen=True)
@@ -106,6 +145,9 @@ class PhaseSection:
     start_from: str = setting("", "checkpoint folder to begin this phase from, instead of the phase before")
     batch: BatchSection = setting(help="the batch of this phase; keys not set here come from [batch]")
     parallel: ParallelSection = setting(help="the layout of this phase; keys not set here come from [parallel]")
+    activation_checkpoint: ActivationCheckpointSection = field(
+        default_factory=ActivationCheckpointSection, kw_only=True
+    )
 
 
 @dataclass(frozen=True)
@@ -174,6 +216,7 @@ class RunConfig:
     phases: tuple[PhaseSection, ...] = setting(help="")
     optimizer: OptimizerSection = setting(help="")
     objective: ObjectiveSection = field(default_factory=ObjectiveSection, kw_only=True)
+    compile: CompileSection = field(default_factory=CompileSection, kw_only=True)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection, kw_only=True)
     monitor: MonitorSection = field(default_factory=MonitorSection, kw_only=True)
     eval: EvalSection = field(default_factory=EvalSection, kw_only=True)

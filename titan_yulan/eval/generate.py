@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from titan_yulan.data import hashing
 from titan_yulan.model import Decoder
@@ -36,10 +38,20 @@ def generate(
         top_k: only the k most likely tokens can be drawn.
     """
     ids = list(prompt)
+    sharding = decoder.model.sharding
     uniform = hashing.uniform(hashing.key(seed, "generate"), np.arange(new_tokens))
     for u in uniform.tolist():
         window = torch.tensor([ids[-context:]], device=device)
-        logits = decoder(window, head=lambda hidden, weight: hidden[:, -1] @ weight.t())[0]
+        last = window.shape[1] - 1
+        # what is added behind the last token does not reach it
+        window = functional.pad(window, (0, -window.shape[1] % sharding.length_multiple))
+        positions = torch.arange(window.shape[1], device=device)
+
+        def last_logits(hidden: Tensor, weight: Tensor, last: int = last) -> Tensor:
+            return sharding.gather_vocabulary(sharding.join_context(hidden)[:, last] @ weight.t())
+
+        part, places = sharding.slice_context(window), sharding.slice_context(positions, dim=0)
+        logits = decoder(part, position_ids=places, head=last_logits)[0]
         # on the host: one row, and CUDA has no deterministic cumulative sum
         logits = logits[:vocab_size].double().cpu()
         logits, candidates = logits.topk(min(top_k, len(logits)))

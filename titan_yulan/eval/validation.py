@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -13,8 +11,9 @@ from titan_yulan.data.loader import read_rows
 from titan_yulan.data.partition import micro_batches, rank_rows
 from titan_yulan.data.tape import Tape
 from titan_yulan.model import Decoder
+from titan_yulan.objective.forward import forward
 from titan_yulan.objective.next_token import NextToken
-from titan_yulan.parallel.process import World
+from titan_yulan.parallel.mesh import Mesh
 
 
 class HeldOutRows:
@@ -45,25 +44,20 @@ def validation_loss(
     held_out: HeldOutRows,
     tapes: list[Tape],
     micro_batch_size: int,
-    world: World,
+    mesh: Mesh,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropy and number of tokens per source over all ranks: two tensors (sources,).
 
     `tapes` is indexed by source id (any tape where a source has no held-out part).
     """
-    start, stop = rank_rows(held_out.batch_rows, world.rank, world.size)
+    start, stop = rank_rows(held_out.batch_rows, mesh.data_rank, mesh.data_size)
     numbers = np.arange(start, stop)
-    sums = torch.zeros(2, len(tapes), dtype=torch.float64, device=world.device)
-    for i in range(micro_batches(held_out.batch_rows, world.size, micro_batch_size)):
+    sums = torch.zeros(2, len(tapes), dtype=torch.float64, device=device)
+    for i in range(micro_batches(held_out.batch_rows, mesh.data_size, micro_batch_size)):
         part = numbers[i * micro_batch_size : (i + 1) * micro_batch_size]
-        inputs = objective.inputs(read_rows(held_out, tapes, part, micro_batch_size).to(world.device))
-        loss = decoder(
-            inputs.input_ids,
-            position_ids=inputs.position_ids,
-            document_ids=inputs.document_ids,
-            causal=objective.causal,
-            head=partial(objective.loss, inputs=inputs),
-        )
+        inputs = objective.inputs(read_rows(held_out, tapes, part, micro_batch_size).to(device))
+        loss = forward(decoder, objective, inputs)
         sums += torch.stack([loss.cross_entropy, loss.tokens])
-    dist.all_reduce(sums)
+    dist.all_reduce(sums, group=mesh.loss_group)
     return sums[0], sums[1]

@@ -1,73 +1,19 @@
-"""Grouped-query self-attention with WeSaR scalars, optional QK LayerNorm, and the one function that attends."""
+"""Grouped-query self-attention with WeSaR scalars and optional QK LayerNorm."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from titan_yulan.config.model import ModelConfig
+from titan_yulan.kernels.runtime import Kernels
+from titan_yulan.model.attend import AttentionContext
+from titan_yulan.model.projection import project
 from titan_yulan.model.rotary import rotate
-from titan_yulan.model.scale import make_alpha, multiply
-
-
-class AttentionContext:
-    """What every block shares in one forward pass.
-
-    A plain class on purpose: FSDP2 casts the floating tensors that it finds in a block's arguments to its compute type,
-    also inside tuples and dataclasses, and the rotary tables must keep theirs.
-    """
-
-    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool) -> None:
-        """
-        Args:
-            cos, sin: rotary tables, (seq, 1, head_dim / 2) or (batch, seq, 1, head_dim / 2).
-            mask: (batch, 1, seq, seq) bool, True where a query (third axis) may see a key (fourth); None: no mask.
-            causal: without a mask, whether a query sees only keys up to its own place.
-        """
-        self.cos = cos
-        self.sin = sin
-        self.mask = mask
-        self.causal = causal
-
-
-def document_mask(document_ids: Tensor | None, causal: bool) -> Tensor | None:
-    """Who may see whom: (batch, seq) document ids -> (batch, 1, seq, seq) bool; None when no mask is needed."""
-    if document_ids is None:
-        return None
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril() if causal else same
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, context: AttentionContext) -> Tensor:
-    """softmax(scale * query key^T) value, softmax in float32 or wider.
-
-    Args:
-        query: (batch, seq, heads, head_dim).
-        key, value: (batch, seq, key-value heads, head_dim); heads is a multiple of key-value heads.
-        scale: multiplier of the scores.
-        context: its mask, or when there is none its causal flag, limits who sees whom.
-
-    Returns:
-        (batch, seq, heads, head_dim).
-    """
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    grouped = query.shape[1] != key.shape[1]
-    if context.mask is not None and grouped:
-        # PyTorch's memory-efficient kernel, the only CUDA one that takes a mask, knows no grouped heads.
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        grouped = False
-    attended = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=context.mask,
-        is_causal=context.causal and context.mask is None,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    return attended.transpose(1, 2)
+from titan_yulan.model.scale import make_alpha
 
 
 class HeadLayerNorm(nn.Module):
@@ -78,25 +24,26 @@ class HeadLayerNorm(nn.Module):
         self.eps = eps
         self.norms = nn.ModuleList(nn.LayerNorm(head_dim, eps=eps, bias=False) for _ in range(num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, seq, heads, head_dim) -> the same, computed in float32 or wider."""
-        weights = torch.stack(list(self.parameters()))  # (heads, head_dim), one vector per norm
+    def forward(self, x: Tensor, tensor_rank: int = 0) -> Tensor:
+        """(batch, seq, this rank's heads, head_dim) -> the same, computed in float32 or wider."""
+        heads = x.shape[2]
+        weights = torch.stack(list(self.parameters()))[tensor_rank * heads :][:heads]  # one vector per head
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (functional.layer_norm(wide, wide.shape[-1:], eps=self.eps) * weights).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """q, k, v = alpha * (W x + b); [LayerNorm per head]; rotation; attention; W_o.
+    """q, k, v = alpha * (W x + b); [LayerNorm per head]; rotation; attention; factor * alpha_o * W_o."""
 
-    The factor alpha_o * residual scale of the output is left to the block, which adds the output to the residual.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, output_factor: float) -> None:
+        """`output_factor`: multiplier of the output, besides its trained scalar."""
         super().__init__()
         heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.attention_head_dim
         self.head_dim = head_dim
         self.softmax_scale = config.softmax_scale
+        self.output_factor = output_factor
         self.rounded = config.scalar_precision == "compute"
+        self.kernels = cast(Kernels, config.kernels)
         self.q_proj = nn.Linear(config.hidden_size, heads * head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, groups * head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, groups * head_dim, bias=config.attention_bias)
@@ -105,22 +52,39 @@ class Attention(nn.Module):
         self.k_proj_alpha = make_alpha(config, "k_proj_alpha")
         self.v_proj_alpha = make_alpha(config, "v_proj_alpha")
         self.o_proj_alpha = make_alpha(config, "o_proj_alpha")
-        self.q_layernorm: nn.Module | None = None
-        self.k_layernorm: nn.Module | None = None
+        self.q_layernorm: HeadLayerNorm | None = None
+        self.k_layernorm: HeadLayerNorm | None = None
         if config.qk_layer_norm:
             self.q_layernorm = HeadLayerNorm(heads, head_dim, config.layer_norm_eps)
             self.k_layernorm = HeadLayerNorm(groups, head_dim, config.layer_norm_eps)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(batch, seq, hidden) -> (batch, seq, hidden), without alpha_o."""
-        query = self._heads(multiply(self.q_proj(x), self.q_proj_alpha, rounded=self.rounded))
-        key = self._heads(multiply(self.k_proj(x), self.k_proj_alpha, rounded=self.rounded))
-        value = self._heads(multiply(self.v_proj(x), self.v_proj_alpha, rounded=self.rounded))
+        """(batch, this rank's part of seq, hidden) -> the same."""
+        sharding = context.sharding
+        packed = project(
+            sharding.gather_sequence(x),
+            (self.q_proj, self.k_proj, self.v_proj),
+            ((self.q_proj_alpha,), (self.k_proj_alpha,), (self.v_proj_alpha,)),
+            rounded=self.rounded,
+            kernels=self.kernels,
+        )
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in self._split(packed))
         if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
+            query = self.q_layernorm(query, sharding.tensor_rank)
+            key = self.k_layernorm(key, sharding.tensor_rank)
         query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
-        return self.o_proj(attend(query, key, value, self.softmax_scale, context).flatten(2))
+        attended = sharding.attend(query, key, value, self.softmax_scale, context.mask, context.causal)
+        output = project(
+            attended.flatten(2),
+            (self.o_proj,),
+            ((self.output_factor, self.o_proj_alpha),),
+            rounded=self.rounded,
+            kernels=self.kernels,
+        )
+        return sharding.reduce_scatter_sequence(output)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        # The number of heads is read off the projection: under tensor parallelism this rank holds a part of them.
-        return x.view(*x.shape[:2], -1, self.head_dim)
+    def _split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        # In proportion: under tensor parallelism this rank holds a part of the heads.
+        sizes = [projection.out_features for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        share = sum(sizes) // packed.shape[-1]
+        return packed.split([size // share for size in sizes], dim=-1)

@@ -22,16 +22,19 @@ from torch.nn import functional
 
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.kernels.runtime import Kernels
-from titan_yulan.kernels.swiglu import swiglu
-from titan_yulan.model.attention import Attention, AttentionContext, document_mask
+from titan_yulan.kernels.swiglu import SwiGLU
+from titan_yulan.model.attend import AttentionContext
+from titan_yulan.model.attention import Attention
+from titan_yulan.model.projection import project
 from titan_yulan.model.rotary import rotary_tables
-from titan_yulan.model.scale import Alpha, RMSNorm, add_multiple, make_alpha, multiply
+from titan_yulan.model.scale import Alpha, RMSNorm, make_alpha, multiply
+from titan_yulan.model.sharding import Sharding, local
 
 T = TypeVar("T")
 
 
 class MLP(nn.Module):
-    """W_down (silu(W_gate x) * W_up x), without its two scalars, which the block applies."""
+    """W_down (silu(W_gate x) * W_up x); the block applies the scalars."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,22 +42,34 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.kernels = cast(Kernels, config.kernels)
+        self.rounded = config.scalar_precision == "compute"
+        self.activation = SwiGLU(packed=True, kernels=self.kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, seq, hidden) -> (batch, seq, hidden)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), kernels=self.kernels))
+    def forward(self, x: Tensor, output_factors: tuple[Alpha, ...], sharding: Sharding) -> Tensor:
+        """(batch, this rank's part of seq, hidden) -> the same, times the output factors."""
+        options = {"rounded": self.rounded, "kernels": self.kernels}
+        gate_up = project(sharding.gather_sequence(x), (self.gate_proj, self.up_proj), ((), ()), **options)
+        output = project(self.activation(gate_up), (self.down_proj,), (output_factors,), **options)
+        return sharding.reduce_scatter_sequence(output)
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block: attention and MLP, each added to the residual stream."""
+    """One pre-norm block: attention and MLP, each added to the residual stream.
+
+    A block hands its last output on beside the stream it belongs to, and the next norm adds it: one operation, across
+    the boundary of blocks. A block whose activations are recomputed adds it itself (`hands_on` False), because what it
+    hands on is what is kept of it.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm_scale = config.norm_scale
-        self.residual_factor = config.residual_factor
-        self.rounded = config.scalar_precision == "compute"
+        # A trained scalar takes the constant factor along into the weights; without one, the addition applies it.
+        self.output_factor = config.residual_factor if config.wesar else 1.0
+        self.residual_factor = 1.0 if config.wesar else config.residual_factor
+        self.hands_on = True
         self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, self.output_factor)
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
         self.input_layernorm_alpha = make_alpha(config, "input_layernorm_alpha")
@@ -62,16 +77,24 @@ class DecoderLayer(nn.Module):
         self.gate_up_proj_alpha = make_alpha(config, "gate_up_proj_alpha")
         self.down_proj_alpha = make_alpha(config, "down_proj_alpha")
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """(batch, seq, hidden) -> (batch, seq, hidden)."""
-        normed = self.input_layernorm(x, self.norm_scale, self.input_layernorm_alpha)
-        output = self.self_attn(normed, context)
-        x = add_multiple(x, output, self.residual_factor, self.self_attn.o_proj_alpha, rounded=self.rounded)
-        normed = self.post_attention_layernorm(
-            x, self.norm_scale, self.post_attention_layernorm_alpha, self.gate_up_proj_alpha
-        )
-        output = self.mlp(normed)
-        return add_multiple(x, output, self.residual_factor, self.down_proj_alpha, rounded=self.rounded)
+    def forward(self, x: Tensor, output: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+        """One block.
+
+        Args:
+            x: (batch, seq, hidden), the residual stream.
+            output: (batch, seq, hidden), what the block before has not added to it; None: nothing.
+            context: what all blocks share.
+
+        Returns:
+            The two for the next block.
+        """
+        factors = (self.norm_scale, self.input_layernorm_alpha)
+        normed, x = self.input_layernorm.add(x, output, self.residual_factor, *factors)
+        attended = self.self_attn(normed, context)
+        factors = (self.norm_scale, self.post_attention_layernorm_alpha, self.gate_up_proj_alpha)
+        normed, x = self.post_attention_layernorm.add(x, attended, self.residual_factor, *factors)
+        transformed = self.mlp(normed, (self.output_factor, self.down_proj_alpha), context.sharding)
+        return (x, transformed) if self.hands_on else (torch.add(x, transformed, alpha=self.residual_factor), None)
 
 
 class Transformer(nn.Module):
@@ -81,6 +104,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.rope_theta = config.rope_theta
+        self.residual_factor = 1.0 if config.wesar else config.residual_factor
+        self.sharding = Sharding()
         self.rounded = config.scalar_precision == "compute"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_layernorm: nn.Module | None = None
@@ -100,19 +125,23 @@ class Transformer(nn.Module):
         causal: bool,
         output_factors: tuple[Alpha, ...],
     ) -> Tensor:
-        """(batch, seq) ids -> (batch, seq, hidden) final hidden states, times the output factors."""
+        """(batch, seq) ids -> (batch, this rank's part of seq, hidden) final states, times the output factors."""
         x = self._embed(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
         table_type = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
         cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.rope_theta, table_type)
-        context = AttentionContext(cos, sin, document_mask(document_ids, causal), causal)
+        mask = self.sharding.document_mask(document_ids, causal)
+        context = AttentionContext(cos, sin, mask, causal, self.sharding)
+        output = None
         for layer in self.layers:
-            x = layer(x, context)
-        return self.norm(x, self.config.norm_scale, self.norm_alpha, *output_factors)
+            x, output = layer(x, output, context)
+        factors = (self.config.norm_scale, self.norm_alpha, *output_factors)
+        return self.norm.add(x, output, self.residual_factor, *factors)[0]
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        """(batch, seq) ids -> (batch, seq, hidden) in the embedding's type."""
-        x = multiply(self.embed_tokens(input_ids), self.config.embedding_scale, rounded=self.rounded)
+        """(batch, seq) ids -> (batch, this rank's part of seq, hidden) in the embedding's type."""
+        embedded = self.sharding.embed(input_ids, local(self.embed_tokens.weight))
+        x = multiply(embedded, self.config.embedding_scale, rounded=self.rounded)
         if self.config.embedding_gradient_scale != 1:
             # Adds an exact zero that carries the scaled gradient, so the forward pass is unchanged to the bit.
             x = x.detach() + self.config.embedding_gradient_scale * (x - x.detach())
@@ -171,12 +200,14 @@ class Decoder(nn.Module):
         """Run the decoder.
 
         Args:
-            input_ids: (batch, seq) token ids.
+            input_ids: (batch, seq) token ids; under context parallelism this rank's part of them.
             position_ids: (seq,) or (batch, seq) rotary positions; None: 0 .. seq - 1.
-            document_ids: (batch, seq) integers; a token sees only tokens with its own id. None: no such limit.
+            document_ids: (batch, seq) integers, of the whole sequence; a token sees only tokens with its own id. None:
+                no such limit.
             causal: a token sees only itself and tokens before it.
             head: called with the scaled final hidden states (batch, seq, hidden) and the head's weight (vocab, hidden)
-                inside this forward pass, where FSDP2 has the weight gathered; None gives the logits.
+                inside this forward pass, where FSDP2 has the weight gathered; under tensor parallelism that is this
+                rank's part of the weight. None gives the logits.
 
         Returns:
             (batch, seq, vocab) logits in the type of the weights, or what `head` returns.
@@ -184,8 +215,10 @@ class Decoder(nn.Module):
         # The head's factors join the final norm's, so that they are rounded together.
         factors = (1.0 / self.config.logits_divisor, self.lm_head_alpha)
         hidden = self.model(input_ids, position_ids, document_ids, causal, factors)
-        weight = self.head_weight()
-        return functional.linear(hidden, weight) if head is None else head(hidden, weight)
+        hidden, weight = self.model.sharding.gather_sequence(hidden), local(self.head_weight())
+        if head is not None:
+            return head(hidden, weight)
+        return self.model.sharding.gather_vocabulary(functional.linear(hidden, weight))
 
     def head_weight(self) -> Tensor:
         """The output head's weight, (vocab, hidden); the embedding's own when tied."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_yulan.config.model import ModelConfig
+from titan_yulan.kernels.add_rms_norm import add_rms_norm
 from titan_yulan.kernels.rms_norm import rms_norm, rms_norm_reference
 from titan_yulan.kernels.runtime import Kernels
 
@@ -61,19 +62,12 @@ def multiply(x: Tensor, *factors: Alpha, rounded: bool) -> Tensor:
     return (x * factor).to(x.dtype)
 
 
-def add_multiple(residual: Tensor, x: Tensor, *factors: Alpha, rounded: bool) -> Tensor:
-    """residual + x times every factor, rounded once to the residual's type; shapes as in `multiply`."""
-    factor = combine(factors, x.dtype if rounded else None)
-    if not isinstance(factor, Tensor):
-        return torch.add(residual, x, alpha=factor)
-    return (residual + x * factor).to(residual.dtype)
-
-
 class RMSNorm(nn.Module):
-    """RMSNorm whose output is multiplied by scalars, in the two styles of the published code.
+    """RMSNorm whose output is multiplied by scalars, in the styles of the published code.
 
-    `"llama"`: everything in float32, cast once. `"gemma"`: the stored weight is the multiplier minus 1, and meets the
-    normalised activation in the activation's precision.
+    `"llama"`: everything in float32, cast once. `"hugging_face"`: the normalised activation is rounded to its own type
+    before the weight. `"gemma"`: the stored weight is the multiplier minus 1, and meets the normalised activation in
+    the activation's precision.
     """
 
     def __init__(self, config: ModelConfig, upcast: bool = False) -> None:
@@ -81,6 +75,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.gemma = config.rms_norm_style == "gemma"
+        self.round_before_weight = config.rms_norm_style == "hugging_face"
         self.rounded = config.scalar_precision == "compute"
         self.upcast = upcast
         self.kernels = cast(Kernels, config.kernels)
@@ -88,11 +83,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, *factors: Alpha) -> Tensor:
         """(..., hidden) -> (..., hidden) in x's type, times every factor."""
-        rounded_to = x.dtype if self.rounded else None
-        scale = combine(factors, rounded_to)
-        weight = self.weight if rounded_to is None else self.weight.to(rounded_to)
+        weight, scale = self._multipliers(x.dtype, factors)
         if not self.gemma:
-            return rms_norm(x, weight, self.eps, scale, kernels=self.kernels)
+            rounding = self.round_before_weight
+            return rms_norm(x, weight, self.eps, scale, round_before_weight=rounding, kernels=self.kernels)
         wide = x.to(torch.promote_types(x.dtype, torch.float32)) if self.upcast else x
         normed = rms_norm_reference(wide, None, self.eps)
         return (normed * (1 + weight).to(normed.dtype) * scale).to(x.dtype)
+
+    def add(self, x: Tensor, output: Tensor | None, output_factor: float, *factors: Alpha) -> tuple[Tensor, Tensor]:
+        """The norm of x + output_factor * output, times every factor, and that sum: (..., hidden) each."""
+        if output is None:
+            return self(x, *factors), x
+        if self.gemma:
+            x = torch.add(x, output, alpha=output_factor)
+            return self(x, *factors), x
+        weight, scale = self._multipliers(x.dtype, factors)
+        rounding = self.round_before_weight
+        return add_rms_norm(
+            output, x, weight, self.eps, scale, output_factor, round_before_weight=rounding, kernels=self.kernels
+        )
+
+    def _multipliers(self, dtype: torch.dtype, factors: tuple[Alpha, ...]) -> tuple[Tensor, Tensor | float]:
+        if not self.rounded:
+            return self.weight, combine(factors, None)
+        return self.weight.to(dtype), combine(factors, dtype)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from titan_yulan.config.sections import ObjectiveSection
 from titan_yulan.data.loader import Batch
@@ -37,9 +38,9 @@ class Inputs:
 
 
 class LossSums(NamedTuple):
-    """Sums of one micro-batch; a global mean is the sum over all ranks over the sum of the denominators.
+    """Sums of one micro-batch, to be added up over micro-batches and ranks.
 
-    objective      () float32 with gradient: sum of weight * (cross-entropy + z_loss * logsumexp^2)
+    objective      () float32 with gradient: sum of weight * (cross-entropy + z_loss * logsumexp^2) / denominator
     cross_entropy  (sources,) float32: sum of weight * cross-entropy for each source
     tokens         (sources,) float32: sum of weights for each source
     """
@@ -54,13 +55,24 @@ class NextToken:
 
     causal = True
 
-    def __init__(self, section: ObjectiveSection, sources: int, kernels: Kernels = "auto") -> None:
+    def __init__(
+        self,
+        section: ObjectiveSection,
+        sources: int,
+        kernels: Kernels = "auto",
+        *,
+        group: ProcessGroup | None = None,
+        vocabulary_size: int | None = None,
+    ) -> None:
         """
         Args:
             sources: number of sources, for the sums by source.
             kernels: who computes the loss, see `kernels.runtime.choose`.
+            group, vocabulary_size: the ranks over which the head's rows are spread, and how many rows there are;
+                neither where a rank has all.
         """
         self._section, self._sources, self._kernels = section, sources, kernels
+        self._vocabulary = {"group": group, "vocabulary_size": None if group is None else vocabulary_size}
 
     def inputs(self, batch: Batch) -> Inputs:
         """Inputs and shifted targets of a micro-batch (the last token is only a target, the first only an input)."""
@@ -77,12 +89,14 @@ class NextToken:
             denominator=weights.sum(),
         )
 
-    def loss(self, hidden: Tensor, head_weight: Tensor, inputs: Inputs) -> LossSums:
+    def loss(self, hidden: Tensor, head_weight: Tensor, inputs: Inputs, denominator: Tensor | None = None) -> LossSums:
         """Weighted sums over one micro-batch.
 
         Args:
             hidden: (rows, S, hidden) final hidden states, scaled for the head.
-            head_weight: (vocab, hidden).
+            head_weight: (vocab, hidden), or this rank's rows of it.
+            denominator: () of the whole global batch, divides the objective; None for 1. Dividing here and not behind
+                spares 16-bit gradients a rounding.
         """
         objective, cross_entropy = linear_cross_entropy(
             hidden.flatten(0, 1),
@@ -90,7 +104,9 @@ class NextToken:
             inputs.targets.flatten(),
             inputs.weights.flatten(),
             self._section.z_loss,
+            denominator=denominator,
             kernels=self._kernels,
+            **self._vocabulary,
         )
         rows = cross_entropy.view_as(inputs.weights).sum(1)
         by_source = rows.new_zeros(2, self._sources).index_add_(

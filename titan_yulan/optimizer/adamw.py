@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.sections import OptimizerSection
@@ -69,7 +69,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
             continue
         if isinstance(parameter.grad, DTensor):
             grad = parameter.grad
-            sharded = tuple(i for i, placement in enumerate(grad.placements) if isinstance(placement, Shard))
+            sharded = tuple(i for i, placement in enumerate(grad.placements) if not isinstance(placement, Replicate))
             gradients.setdefault((grad.device_mesh, sharded), []).append(grad.to_local())
         else:
             gradients.setdefault((None, ()), []).append(parameter.grad)
@@ -85,5 +85,5 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     norm = total.sqrt().float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for tensors in gradients.values():
-        torch._foreach_mul_(tensors, scale)
+        torch._foreach_mul_(tensors, scale.to(tensors[0].device))
     return norm

@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_yulan.errors import UserError
 from titan_yulan.parallel.launched import DEVICE_VARIABLE
@@ -25,7 +24,6 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
     host: dist.ProcessGroup
 
     @property
@@ -63,11 +61,10 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         else:
             store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     host = dist.new_group(backend="gloo", timeout=timeout)
     if not isinstance(host, dist.ProcessGroup):
         raise RuntimeError(f"rank {dist.get_rank()} is not in a group of all ranks")
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh, host)
+    return World(dist.get_rank(), dist.get_world_size(), device, host)
 
 
 def all_arrive(timeout: timedelta = timedelta(seconds=5)) -> bool:

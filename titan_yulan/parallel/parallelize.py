@@ -1,0 +1,67 @@
+"""A decoder laid out over the ranks, in the one order that works:
+
+    tensor parallelism  ->  activation checkpointing  ->  torch.compile, per block  ->  FSDP2, per block
+
+It is made on the meta device, so that no rank ever holds more than its parts, and filled at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.sections import ActivationCheckpointSection, CompileSection, ParallelSection
+from titan_yulan.model import Decoder
+from titan_yulan.model.initialise import initial_value
+from titan_yulan.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan_yulan.parallel.compile import compile_layers
+from titan_yulan.parallel.fsdp import ShardedDecoder, is_replicated, shard_decoder
+from titan_yulan.parallel.mesh import Mesh
+from titan_yulan.parallel.sharding import RankSharding
+from titan_yulan.parallel.tensor import distribute_parameters
+
+
+def build_decoder(
+    config: ModelConfig,
+    section: ParallelSection,
+    mesh: Mesh,
+    seed: int,
+    device: torch.device,
+    activation_checkpoint: ActivationCheckpointSection,
+    compile: CompileSection,
+) -> ShardedDecoder:
+    """The decoder over the ranks of `mesh`, in float32, initialised alike for every layout."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.model.sharding = RankSharding(mesh, config.vocab_size)
+    if mesh.tensor is not None:
+        distribute_parameters(decoder, mesh.tensor)
+    apply_activation_checkpoint(decoder.model.layers, activation_checkpoint)
+    compile_layers(decoder.model.layers, compile)
+    sharded = shard_decoder(decoder, section, mesh)
+    sharded.to_empty(device="cpu" if section.cpu_offload else device)
+    for name, parameter in sharded.named_parameters():
+        if section.cpu_offload and is_replicated(name):
+            parameter.data = parameter.data.to(device)  # FSDP2 moves only what it shards
+        _fill(parameter, initial_value(name, parameter.shape, config, seed, parameter.device))
+    return sharded
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Copy this rank's part of a whole tensor into a parameter."""
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(whole)
+        return
+    mesh, part = parameter.device_mesh, whole
+    # the tensor-parallel dimension is the last of the mesh and cuts first; FSDP2 cuts what it left
+    for index in reversed(range(mesh.ndim)):
+        placement = parameter.placements[index]
+        if isinstance(placement, Replicate):
+            continue
+        chunks = part.chunk(mesh.size(index), dim=placement.dim)  # type: ignore[attr-defined]
+        rank = mesh.get_local_rank(index)
+        part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    parameter.to_local().copy_(part)
