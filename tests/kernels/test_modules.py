@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.kernels.accuracy import results_of
 from titan_yulan.kernels.add_rms_norm import AddRMSNorm, add_rms_norm
@@ -38,6 +39,17 @@ def test_a_fresh_norm_is_that_of_pytorch() -> None:
     torch.testing.assert_close(RMSNorm(7, EPS)(x), nn.RMSNorm(7, EPS)(x))
     y, residual_out = AddRMSNorm(7, EPS)(x, residual)
     torch.testing.assert_close((y, residual_out), (nn.RMSNorm(7, EPS)(x + residual), x + residual))
+
+
+@KERNELS
+def test_rounding_before_the_weight_is_the_norm_of_hugging_face_to_the_bit(kernels: Kernels) -> None:
+    theirs = LlamaRMSNorm(64, EPS).to(torch.bfloat16)
+    theirs.weight = nn.Parameter(normal(1, 64))
+    x = normal(0, 50, 64)
+    for rounding in (True, False):
+        ours = RMSNorm(64, EPS, round_before_weight=rounding, kernels=kernels).to(torch.bfloat16)
+        ours.load_state_dict(theirs.state_dict())
+        assert torch.equal(ours(x), theirs(x)) == rounding
 
 
 @KERNELS

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from tests.parallel.small_decoder import LAYERS, gradients, make_decoder, make_ids
 from titan_yulan.config.sections import ActivationCheckpointSection, CompileSection
+from titan_yulan.errors import UserError
 from titan_yulan.model import Decoder
 from titan_yulan.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_yulan.parallel.compile import CACHE_VARIABLE, CompileWatch, compile_layers, use_cache
@@ -89,9 +90,10 @@ def test_only_what_is_new_is_compiled_and_reported() -> None:
     for _ in range(3):
         decoder(make_ids()).square().mean().backward()
     decoder.set_rope_theta(490000.0)
+    gradients(decoder, make_ids().flip(0))
     with torch.no_grad():
         decoder.eval()(make_ids(rows=4))
-    gradients(decoder.train(), make_ids().flip(0))
+    decoder.train()
     assert watch.recompiled() == []
 
     gradients(decoder, make_ids(rows=3))
@@ -136,7 +138,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert use_cache(CompileSection()) == tmp_path / "titan_yulan" / "inductor"
-    assert use_cache(CompileSection(cache_dir="~/x")) == Path.home() / "x"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert use_cache(CompileSection(cache_dir="~/x")) == tmp_path / "home" / "x"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"compile\.cache_dir: .*/file/x cannot be written"):
+        use_cache(CompileSection(cache_dir=str(tmp_path / "file" / "x")))
 
 
 def test_a_second_start_takes_its_code_from_the_cache(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ class _Check:
                 f"found {phase.parallel.pipeline}; there is no pipeline parallelism, because models of 1 to 8 billion "
                 "parameters fit without its idle time; use data_shard, tensor and context",
             )
+        self.compiled_layout(phase, path)
         if _sound(phase.length) and phase.length is not None:
             self.length(phase, phase.length, (*path, "length"))
         elif _sound(phase.length, phase.mix) and phase.mix and all(isinstance(v, Tokens) for v in phase.mix.values()):
@@ -111,6 +112,18 @@ class _Check:
         if _sound(phase.sequence_length, longest) and phase.sequence_length > longest:
             text = f"{phase.sequence_length} exceeds model.max_position_embeddings = {longest}; lower it or raise that"
             self.refuse((*path, "sequence_length"), text)
+
+    def compiled_layout(self, phase: PhaseSection, path: KeyPath) -> None:
+        """Refuse what PyTorch 2.13 fails at: it keeps a tensor-parallel block's DeviceMesh for backward as a tensor."""
+        layout, recomputed, compiled = phase.parallel, phase.activation_checkpoint, self.config.compile
+        if not (_sound(layout, recomputed, compiled) and _sound(layout.tensor, recomputed.mode, compiled.enabled)):
+            return
+        if layout.tensor > 1 and compiled.enabled and recomputed.mode in ("full", "every"):
+            self.refuse(
+                (*path, "activation_checkpoint", "mode"),
+                f"found {recomputed.mode!r}; PyTorch cannot compile whole recomputed blocks with parallel.tensor > 1; "
+                "use 'selective', or compile.enabled = false",
+            )
 
     def mix(self, phase: PhaseSection, path: KeyPath) -> None:
         mix, sources = phase.mix, self.config.data.sources

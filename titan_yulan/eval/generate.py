@@ -51,7 +51,8 @@ def generate(
             return sharding.gather_vocabulary(sharding.join_context(hidden)[:, last] @ weight.t())
 
         part, places = sharding.slice_context(window), sharding.slice_context(positions, dim=0)
-        logits = decoder(part, position_ids=places, head=last_logits)[0]
+        with torch.compiler.set_stance("force_eager"):  # compiled, every length would be a graph of its own
+            logits = decoder(part, position_ids=places, head=last_logits)[0]
         # on the host: one row, and CUDA has no deterministic cumulative sum
         logits = logits[:vocab_size].double().cpu()
         logits, candidates = logits.topk(min(top_k, len(logits)))

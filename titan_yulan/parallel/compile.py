@@ -23,6 +23,7 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._guards import CompileContext
 
 from titan_yulan.config.sections import CompileSection
+from titan_yulan.errors import UserError, explain_os_error
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -48,6 +49,9 @@ def compile_layers(layers: nn.ModuleList, section: CompileSection) -> None:
         layers: the decoder's blocks, after activation checkpointing and before FSDP2, whose hooks then stay outside the
             compiled code.
         section: does nothing unless `enabled`.
+
+    Raises:
+        UserError: the folder for compiled code cannot be made.
     """
     if not section.enabled:
         return
@@ -68,10 +72,19 @@ def compile_loss(objective: Any, section: CompileSection) -> None:
 def use_cache(section: CompileSection) -> Path:
     """Keep compiled code between starts, and return the folder: `section.cache_dir` if it is set, else where
     `TORCHINDUCTOR_CACHE_DIR` points, else `titan_yulan/inductor` below the user's cache home. Call it before the first
-    compilation."""
+    compilation.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     chosen = section.cache_dir or os.environ.get(CACHE_VARIABLE) or home / "titan_yulan" / "inductor"
     folder = Path(chosen).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = explain_os_error(error, folder)
+        raise UserError(f"compile.cache_dir: {why}; name a folder that can be written") from error
     os.environ[CACHE_VARIABLE] = str(folder)
     torch._inductor.config.fx_graph_cache = True
     return folder
@@ -116,8 +129,8 @@ class CompileWatch:
             if metric.is_forward is not True:  # a backward pass, compiled late: its forward pass was reported
                 continue
             what = f"{metric.co_name} ({metric.co_filename}:{metric.co_firstlineno})"
-            guards = _guard_failures().pop(metric.compile_id, None) or [metric.recompile_reason or "its first call"]
-            why = "; ".join(guards)
+            first = (metric.recompile_reason or "its first call").splitlines()[0]
+            why = "; ".join(_guard_failures().pop(metric.compile_id, None) or [first])
             remedy = next((text for part, text in _REMEDIES.items() if part in why), _OTHER_REMEDY)
             lines.append(f"torch.compile compiled {what} in {_seconds([metric]):.1f} s: {why}. Remedy: {remedy}.")
         return lines

@@ -52,16 +52,22 @@ def build_decoder(
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, whole: Tensor) -> None:
     """Copy this rank's part of a whole tensor into a parameter."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-    mesh, part = parameter.device_mesh, whole
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(part_of(whole, parameter))
+
+
+def part_of(whole: Tensor, layout: Tensor) -> Tensor:
+    """What this rank holds of a whole tensor that is laid out as `layout`: all of it, if that is no DTensor."""
+    if not isinstance(layout, DTensor):
+        return whole
+    mesh, part = layout.device_mesh, whole
     # the tensor-parallel dimension is the last of the mesh and cuts first; FSDP2 cuts what it left
     for index in reversed(range(mesh.ndim)):
-        placement = parameter.placements[index]
+        placement = layout.placements[index]
         if isinstance(placement, Replicate):
             continue
-        chunks = part.chunk(mesh.size(index), dim=placement.dim)  # type: ignore[attr-defined]
+        dim: int = placement.dim  # type: ignore[attr-defined]  # Shard and _StridedShard have no common class
+        chunks = part.chunk(mesh.size(index), dim)
         rank = mesh.get_local_rank(index)
-        part = chunks[rank] if rank < len(chunks) else part.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
-    parameter.to_local().copy_(part)
+        part = chunks[rank] if rank < len(chunks) else part.narrow(dim, 0, 0)
+    return part
