@@ -76,6 +76,17 @@ def _pack(parts: Sequence[Tensor], scales: Tensor | None) -> Tensor:
     return scaled[0] if len(scaled) == 1 else torch.cat(scaled)
 
 
+def _pack_once(parts: Sequence[Tensor], scales: Tensor | None) -> Tensor:
+    """`_pack` without autograd: one pass over each part, and nothing in between."""
+    if scales is None:
+        return _pack(parts, None)
+    sizes = [part.shape[0] for part in parts]
+    packed = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]))
+    for part, place, scale in zip(parts, packed.split(sizes), scales.split(1), strict=True):
+        torch.mul(part, scale, out=place)
+    return packed
+
+
 def _check(x: Tensor, weights: Sequence[Tensor], scales: Tensor | None, biases: Sequence[Tensor]) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise TypeError(f"x is {x.dtype}; a projection takes float32, float16, bfloat16 and float64")
@@ -145,7 +156,7 @@ def _scale_gradient(gradient: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     schema="(Tensor x, Tensor[] weights, Tensor? scales, Tensor[] biases) -> Tensor",
 )
 def _forward(x: Tensor, weights: list[Tensor], scales: Tensor | None, biases: list[Tensor]) -> Tensor:
-    return packed_linear_reference(x, weights, scales, biases)
+    return functional.linear(x, _pack_once(weights, scales), _pack_once(biases, scales) if biases else None)
 
 
 @_forward.register_fake
@@ -170,7 +181,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, packed dW, ds, packed db); empty what is not there or not needed."""
     rows, grad_rows = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
-    grad_x = grad_y @ _pack(weights, scales) if need_x else None
+    grad_x = grad_y @ _pack_once(weights, scales) if need_x else None
     if not need_weights:
         return or_empty(grad_x, x), x.new_empty(0), or_empty(None, x), x.new_empty(0)
     grad_weight = grad_rows.t() @ rows

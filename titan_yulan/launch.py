@@ -115,7 +115,7 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     resume = check_resume(config, plan, checkpoint, allow_changes)
     if checkpoint is None and config.phases[0].start_from:
         check_model(config, layout.open_checkpoint(Path(config.phases[0].start_from)), allow_changes)
-    degrees = check_layout(plan, start.world)
+    degrees = check_layout(plan, start.world, resume.step)
     _say_plan(path, config, plan, degrees, start, machine, resume, folder)
     if resume.complete:
         write_status(folder, "finished", 0, step=resume.step)
@@ -202,24 +202,29 @@ def _say_plan(
     print(f"disk           at most {checkpoints} checkpoints of {checkpoint_bytes(config) / GIB:.2f} GiB at a time")
     for phase in plan.phases[config.first_phase :]:
         shares = " ".join(f"{n} {w:.0%}" for n, w in zip(phase.sources, phase.weights, strict=True) if w)
+        line = f"phase          {phase.name}: steps {phase.start.step + 1}-{phase.end.step}, "
+        if phase.name not in degrees:
+            print(f"{line}finished")
+            continue
         micro = phase.section.batch.micro_batch_size
+        count = micro_batches(phase.batch_rows, degrees[phase.name].data, micro)
         print(
-            f"phase          {phase.name}: steps {phase.start.step + 1}-{phase.end.step}, "
-            f"{phase.batch_rows} x {phase.sequence_length} tokens a step in "
-            f"{micro_batches(phase.batch_rows, degrees[phase.name].data, micro)} micro-batch(es) of {micro} a rank, "
-            f"{shares}"
+            f"{line}{phase.batch_rows} x {phase.sequence_length} tokens a step in {count} micro-batch(es) of {micro} a "
+            f"rank, {shares}"
         )
     print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
 
 
-def check_layout(plan: Plan, world: int) -> dict[str, Degrees]:
-    """The degrees of every phase to come, by its name.
+def check_layout(plan: Plan, world: int, step: int) -> dict[str, Degrees]:
+    """The degrees of every phase that ends after `step`, by its name.
 
     Raises:
         UserError: [parallel] does not fit the number of ranks, or a batch has too few rows for its ranks.
     """
     found = {}
     for phase in plan.phases[plan.config.first_phase :]:
+        if phase.end.step <= step:
+            continue
         section = phase.section
         degrees = resolve_degrees(section.parallel, world, plan.config.model, section.sequence_length)
         if phase.batch_rows < degrees.data:

@@ -24,9 +24,9 @@ output_dir = "{output}"
 hidden_size = 48
 intermediate_size = 96
 num_hidden_layers = 2
-num_attention_heads = 3
-num_key_value_heads = 1
-head_dim = 16
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 12
 vocab_size = 1024
 [optimizer]
 base_width = 16

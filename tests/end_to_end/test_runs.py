@@ -154,6 +154,30 @@ def test_a_phase_with_a_layout_of_its_own_is_rebuilt_from_its_boundary(run, refe
     assert tensors[0] == tensors[1]  # every bit of weights and optimizer
 
 
+def test_phases_on_other_meshes_see_the_same_rows(run, reference, tmp_path, small_data):
+    """Weights cut over two ranks, then matrices, then sequences; stopped, refused on three ranks, ended on four."""
+    mix = 'name = "mix"\nparallel = { tensor = 2 }\nactivation_checkpoint = { mode = "selective" }'
+    anneal = 'name = "anneal"\nparallel = { context = 2 }\nactivation_checkpoint = { mode = "full" }'
+    phases = harness.PHASES.replace('name = "mix"', mix).replace('name = "anneal"', anneal)
+    config = harness.write_small_config(tmp_path, small_data, tmp_path / "outputs", phases=phases)
+    stopped = train(config, 2, at_line="step 32/", action=harness.stop)
+    assert stopped.code == 75, stopped.output
+    for line in ("2 shards x 1 context x 1 tensor", "1 shard x 1 context x 2 tensor", "1 shard x 2 context x 1 tensor"):
+        assert f"mesh: 2 ranks = 1 replica x {line}" in stopped.output
+    refused = train(config, 3)
+    assert refused.code == 2
+    assert "parallel.context = 2 does not divide the 3 ranks" in refused.output
+    finished = train(config, 4)
+    assert finished.code == 0, finished.output
+    lines, expected = metrics(run), metrics(reference)
+    assert column(lines, "step") == column(expected, "step")
+    assert column(lines, "batch_fingerprint") == column(expected, "batch_fingerprint")
+    for line, other in zip(lines[:30], expected[:30], strict=True):
+        assert math.isclose(line["loss"], other["loss"], rel_tol=2e-5)
+    for name, loss in validations(reference)[-1]["validation_loss"].items():
+        assert abs(validations(run)[-1]["validation_loss"][name] - loss) < 0.02
+
+
 def test_start_from_a_checkpoint_of_another_run_goes_on_with_its_rows(reference, run, tmp_path, small_data):
     start_from = f'name = "mix"\nstart_from = "{reference}/checkpoints/step-00000016"\nlr = {{ shape = "linear", '
     start_from += 'from = 0.81, to = 1.0, over = "4 steps" }'  # where the first run's warm-up of 20 steps stood
