@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class TrainerState:
     tapes: where each source's tape stands, in tokens.
     sources, tokenizer: fingerprints of the data that the position refers to.
     origin: where the run's own first phase began (step, row, token, tapes); not zero after `[phase] start_from`.
+    skipped: steps whose rows were read but not trained on, in order; a step that is in the future is left out then.
     """
 
     step: int
@@ -48,6 +49,7 @@ class TrainerState:
     tokenizer: str
     versions: dict[str, str]
     origin: dict[str, Any]
+    skipped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ class RunSection:
     output_dir: str = setting("outputs", "folder that holds the run folders")
     seed: int = setting(42, "seed of the weights, the order of the data and every mask", ge=0, lt=2**63)
     deterministic: bool = setting(False, "ask PyTorch for deterministic algorithms (bitwise equal resume on CUDA)")
+    time_limit: float | None = setting(
+        None, "hours after which a start saves and ends as stopped, to be gone on with; none: no limit", gt=0
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,39 @@ class CheckpointSection:
 
     every: Duration | None = setting(None, "distance between checkpoints; none: only at the end of phases")
     keep: int = setting(3, "newest checkpoints to keep, besides the ends of phases", ge=1)
+    asynchronous: bool = setting(True, "write in the background while training goes on")
+    verify: str = setting(
+        "full",
+        "what is compared with the manifest before loading; full: every byte; sample: sizes, and every byte of one file "
+        "in eight; size: sizes alone",
+        choices=("full", "sample", "size"),
+    )
+
+
+@dataclass(frozen=True)
+class RecoverySection:
+    """`[recovery]`: what happens when a step goes wrong or nothing goes on."""
+
+    non_finite: str = setting(
+        "stop",
+        "a loss or gradient that is not finite never reaches the weights; then stop: end the run; retry: go back to the "
+        "newest checkpoint and read the same rows again (a bad node); skip: go on with the next step; rollback: go back "
+        "and leave this step's rows out",
+        choices=("stop", "retry", "skip", "rollback"),
+    )
+    spike: str = setting(
+        "warn",
+        "a loss or gradient norm far above those of the last steps; off, warn, skip and rollback as above",
+        choices=("off", "warn", "skip", "rollback"),
+    )
+    spike_factor: float = setting(6.0, "standard deviations above the mean of the window that make a spike", gt=0)
+    spike_window: int = setting(128, "steps that are compared with; there is no spike before so many", ge=8)
+    max_retries: int = setting(2, "times that one step may be tried again before the run ends", ge=1)
+    max_skips: int = setting(10, "steps that may be left out in the last 1,000 before the run ends", ge=1)
+    first_step_timeout: float = setting(
+        1800.0, "seconds without progress, until two steps are done (compiling, warming up), that count as a hang", gt=0
+    )
+    step_timeout: float = setting(600.0, "seconds without progress afterwards that count as a hang", gt=0)
 
 
 @dataclass(frozen=True)
@@ -218,6 +254,7 @@ class RunConfig:
     objective: ObjectiveSection = field(default_factory=ObjectiveSection, kw_only=True)
     compile: CompileSection = field(default_factory=CompileSection, kw_only=True)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection, kw_only=True)
+    recovery: RecoverySection = field(default_factory=RecoverySection, kw_only=True)
     monitor: MonitorSection = field(default_factory=MonitorSection, kw_only=True)
     eval: EvalSection = field(default_factory=EvalSection, kw_only=True)
     first_phase: int = 0

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan_yulan.config.model import count_parameters
-from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.plan import Plan
+from titan_yulan.config.model import ModelConfig, count_parameters
+from titan_yulan.config.sections import ActivationCheckpointSection, PhaseSection, RunConfig
+from titan_yulan.curriculum.plan import Plan, batch_rows
+from titan_yulan.errors import UserError
+from titan_yulan.parallel.degrees import Degrees, resolve_degrees
 
 GIB = 2**30
 _STATE_BYTES = 16  # float32 weight, gradient and Adam's two moments
 _CHECKPOINT_BYTES = 12  # float32 weight and Adam's two moments
+_BYTES = {"bfloat16": 2, "float32": 4}
+_CHUNK_TOKENS = 4096  # of logits at a time, on a GPU (kernels/linear_cross_entropy.py)
+_MOST_RANKS = 4096  # that are tried
 
 
 @dataclass(frozen=True)
@@ -55,49 +61,226 @@ def _reclaimable_pages() -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Bytes of one rank: on its device, except `host`.
+
+    Attributes:
+        state: float32 weights, gradients and Adam's two moments, this rank's shard.
+        gathered: whole weights in the compute type, and whole gradients where they are kept.
+        activations: what autograd keeps from forward until backward.
+        working: what comes and goes beside it, at the worst moment.
+        host: the state, where it is offloaded.
+    """
 
     state: int
     gathered: int
     activations: int
+    working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return self.state + self.gathered + self.activations
+        """On the device."""
+        return self.state + self.gathered + self.activations + self.working
 
 
 def estimate_memory(config: RunConfig, world: int) -> Memory:
-    """Memory of one rank in the phase that needs most.
+    """Memory of one of `world` ranks, the first, in the phase that needs most of its device.
 
-    state: 16 bytes a parameter, sharded over the ranks. gathered: the embedding and two blocks in the compute type,
-    plus the full gradient of the embedding. activations: what autograd keeps of every block without checkpointing
-    (about 12 hidden-sized and 4 intermediate-sized tensors a token), and one chunk of logits.
+    A count of tensors: of the Triton kernels' for a GPU, without what the allocator cannot reuse (some 10 %), NCCL's
+    buffers and the CUDA context (1 to 2 GiB). `[model] kernels = "reference"` and the gemma norms keep more.
+
+    Raises:
+        UserError: a phase's layout does not fit `world` ranks.
     """
-    model = config.model
-    parameters = count_parameters(model)
-    embedding = model.vocab_size * model.hidden_size
-    embedding *= 1 if model.tie_word_embeddings else 2  # the head is gathered and has a gradient as well
-    block = (parameters - embedding) // model.num_hidden_layers
-    worst = Memory(0, 0, 0)
-    for phase in config.phases[config.first_phase :]:
-        size = 2 if phase.parallel.compute_dtype == "bfloat16" else 4
-        tokens = phase.batch.micro_batch_size * phase.sequence_length
-        per_token = model.num_hidden_layers * (12 * model.hidden_size + 4 * model.intermediate_size)
-        memory = Memory(
-            state=_STATE_BYTES * parameters // world,
-            gathered=size * (embedding + 2 * block) + 4 * embedding,
-            activations=size * tokens * per_token + 3 * 4 * min(tokens * model.vocab_size, 1 << 21),
-        )
-        worst = max(worst, memory, key=lambda m: m.total)
-    return worst
+    phases = config.phases[config.first_phase :]
+    return max((_phase_memory(config, phase, world) for phase in phases), key=lambda memory: memory.total)
+
+
+def _phase_memory(config: RunConfig, phase: PhaseSection, world: int) -> Memory:
+    model, layout = config.model, phase.parallel
+    degrees = resolve_degrees(layout, world, model, phase.sequence_length)
+    size, reduced = _BYTES[layout.compute_dtype], _BYTES[layout.reduce_dtype]
+    weights = _count_weights(model, degrees)
+    blocks = weights.block * model.num_hidden_layers
+    state = _STATE_BYTES * weights.shard
+    # With the block that computes, the next one is gathered.
+    gathered = size * (weights.root + (2 * weights.block if layout.reshard_after_forward else blocks))
+    if layout.synchronize == "last":
+        gathered += reduced * (weights.root + blocks)
+    rows = phase.batch.micro_batch_size
+    shape = Activations(model, degrees, rows, phase.sequence_length, size, config.objective.document_mask)
+    kept = shape.kept(phase.activation_checkpoint)
+    replicated = _STATE_BYTES * weights.replicated
+    return Memory(
+        state=replicated if layout.cpu_offload else replicated + state,
+        gathered=gathered,
+        activations=kept,
+        working=_working(weights, shape, phase.activation_checkpoint, kept, size, reduced),
+        host=state if layout.cpu_offload else 0,
+    )
+
+
+def _working(
+    weights: _Weights, shape: Activations, section: ActivationCheckpointSection, kept: int, size: int, reduced: int
+) -> int:
+    """The most of three moments, beyond gathered weights and kept activations."""
+    logits = size * min(shape.tokens, _CHUNK_TOKENS) * weights.head // shape.model.hidden_size
+    # The head's gradient is summed in float32 over chunks of logits, then cast.
+    loss = 4 * weights.head + max(logits, size * weights.head)
+    # The head's gradient waits for the embedding's, while a block's is made and reduced.
+    block = size * weights.head + (size + reduced) * weights.block + shape.of_backward(section)
+    # At the end of backward all activations are gone.
+    root = (size + reduced) * weights.root
+    return max(loss, block, root - kept)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Numbers in the matrices (and biases) of a tensor-parallel rank: of one block, of the root (embedding and head),
+    of the head, of the shard of all of them that FSDP2 leaves the first rank; and numbers that every rank has."""
+
+    block: int
+    root: int
+    head: int
+    shard: int
+    replicated: int
+
+
+def _count_weights(model: ModelConfig, degrees: Degrees) -> _Weights:
+    layers, ways = model.num_hidden_layers, degrees.shard * degrees.context
+    block, root = _matrices(model, degrees.tensor)
+    whole_block, whole_root = (_numbers(shapes) for shapes in _matrices(model, 1))
+    return _Weights(
+        block=_numbers(block),
+        root=_numbers(root),
+        head=_numbers(root[:1]),
+        shard=layers * _numbers(block, ways) + _numbers(root, ways),
+        replicated=count_parameters(model) - layers * whole_block - whole_root,
+    )
+
+
+def _matrices(model: ModelConfig, tensor: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(rows, columns) of the weights of a block and of the root, as the first of `tensor` ranks has them."""
+    hidden, inner = model.hidden_size, model.intermediate_size // tensor
+    queries, keys = _head_widths(model, tensor)
+    block = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    block += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    if model.attention_bias:
+        block += [(queries, 1), (keys, 1), (keys, 1)]
+    vocabulary = (-(-model.vocab_size // tensor), hidden)
+    return block, [vocabulary] * (1 if model.tie_word_embeddings else 2)
+
+
+def _head_widths(model: ModelConfig, tensor: int) -> tuple[int, int]:
+    """Width of the queries, and of the keys, of one of `tensor` ranks."""
+    width = model.attention_head_dim
+    return model.num_attention_heads * width // tensor, model.num_key_value_heads * width // tensor
+
+
+def _numbers(shapes: Iterable[tuple[int, int]], ways: int = 1) -> int:
+    """Numbers in matrices whose rows are cut into equal parts, the last one padded."""
+    return sum(-(-rows // ways) * columns for rows, columns in shapes)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the decoder's activations on one rank in one micro-batch.
+
+    Counted as the blocks in `model/decoder.py` hold them, per token: the residual stream at both norms, each norm's
+    output (gathered from the tensor-parallel ranks, as input of the projections), what attention takes and gives, gate,
+    up and their product.
+
+    Attributes:
+        size: bytes of a number in the compute type.
+        document_mask: whether attention has a mask, for which keys and values are repeated for every head.
+    """
+
+    model: ModelConfig
+    degrees: Degrees
+    rows: int
+    sequence_length: int
+    size: int
+    document_mask: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank's slices of the rows."""
+        return self.rows * self.sequence_length // self.degrees.context
+
+    def kept(self, section: ActivationCheckpointSection) -> int:
+        """From forward until backward, with the final norm's and the loss's."""
+        layers = self.model.num_hidden_layers
+        recomputed = {"none": 0, "every": layers - -(-layers // section.every)}.get(section.mode, layers)
+        remains = self._block_selective() if section.mode == "selective" else self._stream()
+        end = self._stream() + self.size * self.tokens * self.model.hidden_size
+        mask = self.tokens * self.sequence_length if self.document_mask and recomputed else 0
+        return (layers - recomputed) * self._block() + recomputed * remains + end + mask
+
+    def of_backward(self, section: ActivationCheckpointSection) -> int:
+        """In the backward pass of one block: what is computed again, and the gradients inside the MLP."""
+        model = self.model
+        recomputed = section.mode in ("full", "selective") or (section.mode == "every" and section.every > 1)
+        remains = self._block_selective() if section.mode == "selective" else self._stream()
+        gradients = 3 * model.intermediate_size // self.degrees.tensor + 3 * model.hidden_size
+        return (self._block() - remains if recomputed else 0) + self.size * self.tokens * gradients
+
+    def _stream(self) -> int:
+        """The residual stream at one place, which tensor-parallel ranks hold in parts."""
+        return self.size * self.tokens * self.model.hidden_size // self.degrees.tensor
+
+    def _block(self) -> int:
+        """A block that keeps everything."""
+        model, tensor = self.model, self.degrees.tensor
+        inner, heads = model.intermediate_size // tensor, model.num_attention_heads // tensor
+        numbers = 2 * model.hidden_size + 3 * inner + self._attention_numbers()
+        statistics = 4 * (heads + 2)  # logsumexp and the norms' reciprocals, in float32
+        if model.qk_layer_norm:
+            statistics += 4 * 2 * sum(_head_widths(model, tensor))  # before and after the weights, in float32
+        return 2 * self._stream() + self.tokens * (self.size * numbers + statistics)
+
+    def _attention_numbers(self) -> int:
+        """What attention keeps per token of this rank."""
+        queries, keys = _head_widths(self.model, self.degrees.tensor)
+        context = self.degrees.context
+        if self.document_mask:  # keys and values of the whole row, and the mask as numbers
+            return 2 * queries + 2 * queries * context + self.sequence_length
+        if context > 1:  # the outputs of two chunks, and put together
+            return 3 * queries + 2 * keys * context
+        # Values are a view of the packed projections, so these live on beside the rotated queries and keys.
+        return (queries + 2 * keys) + queries + keys + queries
+
+    def _block_selective(self) -> int:
+        """A block that keeps its input, matrix products, attention and what it scatters over tensor-parallel ranks."""
+        model, tensor = self.model, self.degrees.tensor
+        queries, keys = _head_widths(model, tensor)
+        products = 2 * queries + 2 * keys + 2 * model.intermediate_size // tensor + 2 * model.hidden_size
+        scattered = 2 * self._stream() if tensor > 1 else 0
+        statistics = 4 * (model.num_attention_heads // tensor)
+        return self._stream() + scattered + self.tokens * (self.size * products + statistics)
 
 
 def ranks_that_fit(config: RunConfig, memory: int) -> int | None:
-    """The smallest number of devices with `memory` bytes each that the run fits on; None if none does."""
-    for world in range(1, 4097):
-        if estimate_memory(config, world).total <= memory:
+    """The smallest number of devices with `memory` bytes each that the run fits on; None if none does.
+
+    Numbers that [parallel] or the global batch exclude are passed over.
+    """
+    for world in range(1, _MOST_RANKS + 1):
+        try:
+            need = estimate_memory(config, world).total
+        except UserError:
+            continue
+        if need <= memory and _has_rows(config, world):
             return world
     return None
+
+
+def _has_rows(config: RunConfig, world: int) -> bool:
+    """Whether every phase has a row for each rank that reads its own."""
+    phases = config.phases[config.first_phase :]
+    return all(
+        batch_rows(phase.batch, phase.sequence_length) * phase.parallel.context * phase.parallel.tensor >= world
+        for phase in phases
+    )
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
