@@ -368,7 +368,8 @@ register_sharding(torch.ops.titan_yulan.add_rms_norm_backward.default, _shard_ba
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
     """Every kernel as it is launched in bfloat16 at this hidden size, without a multiplier of x and with a trained one.
 
-    The kernel that adds the partial sums is `rms_norm`'s.
+    `_rounded` is as a published Llama runs it: rounded before the weight, without multipliers. The kernel that adds the
+    partial sums is `rms_norm`'s.
     """
     block, warps = row_configuration(hidden)
     forward = pointers(x="bf16", residual="bf16", weight="bf16", scale="fp32", x_scale="fp32", y="bf16")
@@ -376,17 +377,21 @@ def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
     backward = pointers(grad_y="bf16", grad_residual_out="bf16", residual_out="bf16", reciprocal="fp32", weight="bf16")
     backward |= pointers(scale="fp32", x="bf16", x_scale="fp32", grad_residual="bf16", grad_x="bf16", partials="fp32")
     backward |= pointers(x_scale_partials="fp32") | {"rows": "i32"}
-    row = {"N": hidden, "ROUND_FIRST": False, "BLOCK": block}
+    row = {"N": hidden, "BLOCK": block}
     # With less than 8 elements a thread, accesses are narrower than 16 bytes.
     bulk = hidden % 8 == 0 and block >= 256 * warps
     multiplier = ("x_scale", "x", "grad_x", "x_scale_partials")
     result = []
+    first, second = {"EPS": 1e-6}, {"STAGES": BACKWARD_STAGES}
     for name, kernel, types, constants, absent in (
-        ("forward", _forward_kernel, forward, {"EPS": 1e-6}, ("x_scale",)),
-        ("forward_scaled", _forward_kernel, forward, {"EPS": 1e-6}, ()),
-        ("backward", _backward_kernel, backward, {"STAGES": BACKWARD_STAGES}, multiplier),
-        ("backward_scaled", _backward_kernel, backward, {"STAGES": BACKWARD_STAGES}, ()),
+        ("forward", _forward_kernel, forward, first, ("x_scale",)),
+        ("forward_scaled", _forward_kernel, forward, first, ()),
+        ("forward_rounded", _forward_kernel, forward, first, ("x_scale", "scale")),
+        ("backward", _backward_kernel, backward, second, multiplier),
+        ("backward_scaled", _backward_kernel, backward, second, ()),
+        ("backward_rounded", _backward_kernel, backward, second, (*multiplier, "scale")),
     ):
+        constants = constants | {"ROUND_FIRST": name.endswith("rounded")}
         present = {argument: kind for argument, kind in types.items() if argument not in absent}
         aligned = tuple(argument for argument in present if argument != "rows")
         constants = row | constants | dict.fromkeys(absent)

@@ -34,7 +34,7 @@ from titan_yulan.kernels.bench_measure import (
     peak_memory,
     timing,
 )
-from titan_yulan.kernels.bench_operations import OPERATIONS, Function, Operation, Shape, implementation
+from titan_yulan.kernels.bench_operations import KEYS, OPERATIONS, Function, Operation, Shape, implementation
 from titan_yulan.kernels.bench_report import Report, Row, describe_machine
 
 IMPLEMENTATIONS = (
@@ -81,10 +81,10 @@ class Bench:
 
     def _place(self, operation: Operation, tokens: int, names: Sequence[str]) -> Iterator[Row]:
         request = self._request
-        shape = Shape(tokens, *compile_ahead.SIZES[request.size], DTYPES[request.dtype])
+        shape = Shape(tokens, *compile_ahead.SIZES[request.size], KEYS[request.size], DTYPES[request.dtype])
         case: Case | None = None
         for name in names:
-            if name == "liger_float32" and operation.liger_float32 is None:
+            if name in ("liger", "liger_float32") and getattr(operation, name) is None:
                 continue
             rows = [
                 Row(operation.name, name, mode, request.size, tokens, request.dtype, "measured")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,17 +19,21 @@ from torch.nn import functional
 EPS = 1e-6
 Z_WEIGHT = 1e-4
 
+# Columns of the keys, and of the values, of the model presets; the queries have as many as the hidden state.
+KEYS = {"debug": 64, "yulan_mini_2b": 384, "llama3_8b": 1024}
+
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a measurement; `dtype` is that of every floating tensor."""
+    """Sizes of a measurement; `dtype` is that of every floating tensor but weights of tokens and trained scalars."""
 
     tokens: int
     hidden: int
     intermediate: int
     vocab: int
+    keys: int
     dtype: torch.dtype
 
 
@@ -50,10 +54,11 @@ class Operation:
     differentiable: int
     mathematics: Function
     ours: Callable[[str], Function]
-    liger: Callable[[], Function]
     traffic: dict[str, Callable[[Shape], int]]
-    work: dict[str, Callable[[Shape], int]]
-    targets: dict[str, float]  # mode -> share of the measured copy (or matrix product) rate to reach on an H100 or H200
+    work: dict[str, Callable[[Shape], int]] = field(default_factory=dict)
+    # Mode -> share of the measured copy (or matrix product) rate to reach on an H100 or H200.
+    targets: dict[str, float] = field(default_factory=dict)
+    liger: Callable[[], Function] | None = None  # None: Liger has no such operation
     # Where a weight's gradient is a sum over chunks of tokens: our sum before its cast to the weight's type, and Liger
     # told to sum in float32 (its default is the weight's type).
     accumulated: Callable[[str], Function] | None = None
@@ -72,10 +77,8 @@ def implementation(operation: Operation, name: str) -> Function:
     if name == "compile":
         torch.compiler.reset()  # else the number of kept variants runs into its limit
         return torch.compile(operation.mathematics, fullgraph=True, dynamic=False)
-    if name == "liger":
-        return operation.liger()
-    if name == "liger_float32" and operation.liger_float32 is not None:
-        return operation.liger_float32()
+    if name in ("liger", "liger_float32") and (peer := getattr(operation, name)) is not None:
+        return peer()
     if name in ("triton", "reference"):
         return operation.ours(name)
     raise ValueError(f"{operation.name} has no implementation {name!r}")
@@ -121,6 +124,23 @@ def _accumulated_head_gradient(kernels: str) -> Function:
     return lambda *inputs: (forward(*inputs, *options)[4],)
 
 
+def _ours_qkv(kernels: str) -> Function:
+    """Split as the attention splits it, which in backward puts the three gradients side by side: that is timed too."""
+    project = importlib.import_module("titan_yulan.kernels.packed_linear").packed_linear
+
+    def run(x: Tensor, query: Tensor, key: Tensor, value: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        weights = (query, key, value)
+        return project(x, weights, scales, kernels=kernels).split([weight.shape[0] for weight in weights], dim=-1)
+
+    return run
+
+
+def _ours_gate_up(kernels: str) -> Function:
+    project = importlib.import_module("titan_yulan.kernels.packed_linear").packed_linear
+    activate = importlib.import_module("titan_yulan.kernels.swiglu").swiglu_packed
+    return lambda x, gate, up: (activate(project(x, (gate, up), kernels=kernels), kernels=kernels),)
+
+
 def _liger(function: str) -> Any:
     return getattr(importlib.import_module("liger_kernel.ops"), function).apply
 
@@ -144,6 +164,15 @@ def _swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor]:
 def _swiglu_packed(gate_up: Tensor) -> tuple[Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
     return (functional.silu(gate) * up,)
+
+
+def _qkv(x: Tensor, query: Tensor, key: Tensor, value: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+    parts = zip((query, key, value), scales.split(1), strict=True)
+    return tuple((functional.linear(x, weight) * scale).to(x.dtype) for weight, scale in parts)
+
+
+def _gate_up(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return _swiglu(functional.linear(x, gate), functional.linear(x, up))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, token_weights: Tensor) -> tuple[Tensor]:
@@ -198,6 +227,18 @@ def _norm_inputs(tensors: int, shape: Shape, normal: Callable[..., Tensor]) -> l
     return [*(normal(shape.tokens, shape.hidden) for _ in range(tensors)), normal(shape.hidden, mean=1.0)]
 
 
+def _projection(shape: Shape, normal: Callable[..., Tensor], *fields: str) -> list[Tensor]:
+    """x, and a weight for each of the fields that names its rows."""
+    rows = [getattr(shape, field) for field in fields]
+    weights = [normal(count, shape.hidden, deviation=shape.hidden**-0.5) for count in rows]
+    return [normal(shape.tokens, shape.hidden), *weights]
+
+
+def _qkv_inputs(shape: Shape, normal: Callable[..., Tensor]) -> list[Tensor]:
+    scales = normal(3, mean=0.5, deviation=0.1, dtype=torch.float32)
+    return [*_projection(shape, normal, "hidden", "keys", "keys"), scales]
+
+
 def _targets(shape: Shape, normal: Callable[..., Tensor]) -> list[Tensor]:
     noise = normal(shape.tokens, dtype=torch.float32)
     return [(noise.abs() * 1e6).long() % shape.vocab, torch.ones_like(noise)]
@@ -221,13 +262,29 @@ def _streams(field: str, **counts: int) -> dict[str, Callable[[Shape], int]]:
     return {mode: partial(size, count) for mode, count in counts.items()}
 
 
+def _work(products: int, columns: Callable[[Shape], int], shape: Shape) -> int:
+    return products * 2 * shape.tokens * shape.hidden * columns(shape)
+
+
+def _projections(columns: Callable[[Shape], int], results: Callable[[Shape], int]) -> dict[str, Any]:
+    """`traffic` and `work` of projections to `columns` in all, of which `results` columns come out.
+
+    Forward: x and the weights in, the results out; backward: these two and the results' gradient in, two gradients out.
+    """
+
+    def traffic(inputs: int, outputs: int, shape: Shape) -> int:
+        own = (shape.tokens + columns(shape)) * shape.hidden
+        return (inputs * own + outputs * shape.tokens * results(shape)) * shape.dtype.itemsize
+
+    return {
+        "traffic": {"fwd": partial(traffic, 1, 1), "bwd": partial(traffic, 2, 1), "fwd_bwd": partial(traffic, 3, 2)},
+        "work": {mode: partial(_work, n, columns) for mode, n in (("fwd", 1), ("bwd", 2), ("fwd_bwd", 3))},
+    }
+
+
 def _head_traffic(passes: int, shape: Shape) -> int:
     """The head's weight and the hidden states once in, and once out as gradients; no logits."""
     return passes * (shape.vocab + shape.tokens) * shape.hidden * shape.dtype.itemsize
-
-
-def _head_work(products: int, shape: Shape) -> int:
-    return products * 2 * shape.tokens * shape.hidden * shape.vocab
 
 
 OPERATIONS = {
@@ -243,7 +300,6 @@ OPERATIONS = {
             ours=lambda kernels: _ours("rms_norm", "rms_norm", kernels, EPS),
             liger=_liger_rms_norm,
             traffic=_streams("hidden", fwd=2, bwd=3, fwd_bwd=5),
-            work={},
             targets={"fwd": 0.92},
         ),
         Operation(
@@ -256,7 +312,6 @@ OPERATIONS = {
             ours=lambda kernels: _ours("add_rms_norm", "add_rms_norm", kernels, EPS),
             liger=_liger_add_rms_norm,
             traffic=_streams("hidden", fwd=4, bwd=4, fwd_bwd=8),
-            work={},
             targets={"fwd": 0.92, "bwd": 0.85},
         ),
         Operation(
@@ -269,7 +324,6 @@ OPERATIONS = {
             ours=lambda kernels: _ours("swiglu", "swiglu", kernels),
             liger=_liger_swiglu,
             traffic=_streams("intermediate", fwd=3, bwd=5, fwd_bwd=8),
-            work={},
             targets={"fwd": 0.92, "bwd": 0.87},
         ),
         Operation(
@@ -282,8 +336,28 @@ OPERATIONS = {
             ours=lambda kernels: _ours("swiglu", "swiglu_packed", kernels),
             liger=_liger_swiglu_packed,
             traffic=_streams("intermediate", fwd=3, bwd=5, fwd_bwd=8),
-            work={},
             targets={"fwd": 0.92, "bwd": 0.87},
+        ),
+        Operation(
+            name="packed_linear_qkv",
+            module="packed_linear",
+            inputs=_qkv_inputs,
+            rows=(True, False, False, False, False),
+            differentiable=5,
+            mathematics=_qkv,
+            ours=_ours_qkv,
+            **_projections(lambda shape: shape.hidden + 2 * shape.keys, lambda shape: shape.hidden + 2 * shape.keys),
+        ),
+        # Without its activation, packed would stand against separate only with a copy that the decoder does not make.
+        Operation(
+            name="packed_linear_gate_up",
+            module="swiglu",  # the projections have no scalars here, so their own kernel does not run
+            inputs=lambda shape, normal: _projection(shape, normal, "intermediate", "intermediate"),
+            rows=(True, False, False),
+            differentiable=3,
+            mathematics=_gate_up,
+            ours=_ours_gate_up,
+            **_projections(lambda shape: 2 * shape.intermediate, lambda shape: shape.intermediate),
         ),
         Operation(
             name="cross_entropy",
@@ -295,8 +369,6 @@ OPERATIONS = {
             ours=lambda kernels: _ours("cross_entropy", "cross_entropy", kernels, Z_WEIGHT, keep=1),
             liger=_liger_cross_entropy,
             traffic=_streams("vocab", fwd=1, fwd_bwd=2),
-            work={},
-            targets={},
         ),
         Operation(
             name="cross_entropy_in_place",
@@ -308,7 +380,6 @@ OPERATIONS = {
             ours=_ours_in_place,
             liger=_liger_cross_entropy,
             traffic=_streams("vocab", fwd_bwd=2),
-            work={},
             targets={"fwd_bwd": 0.83},
         ),
         Operation(
@@ -321,7 +392,7 @@ OPERATIONS = {
             ours=lambda kernels: _ours("linear_cross_entropy", "linear_cross_entropy", kernels, Z_WEIGHT, keep=1),
             liger=_liger_linear_cross_entropy,
             traffic={"fwd": partial(_head_traffic, 1), "fwd_bwd": partial(_head_traffic, 2)},
-            work={"fwd": partial(_head_work, 1), "fwd_bwd": partial(_head_work, 3)},
+            work={mode: partial(_work, n, lambda shape: shape.vocab) for mode, n in (("fwd", 1), ("fwd_bwd", 3))},
             targets={"fwd_bwd": 1 / 1.22},
             accumulated=_accumulated_head_gradient,
             liger_float32=partial(_liger_linear_cross_entropy, torch.float32),

@@ -373,9 +373,12 @@ register_sharding(torch.ops.titan_yulan.rms_norm_backward.default, _shard_backwa
 
 
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
-    """Every kernel as it is launched in bfloat16 at this hidden size, for ahead-of-time compilation."""
+    """Every kernel as it is launched in bfloat16 at this hidden size, for ahead-of-time compilation.
+
+    `_rounded` is as a published Llama runs it: rounded before the weight, without a multiplier.
+    """
     block, warps = row_configuration(hidden)
-    row = {"N": hidden, "BLOCK": block, "ROUND_FIRST": False}
+    row = {"N": hidden, "BLOCK": block}
     tile = {"N": hidden, "ROWS": _SUM_ROWS, "BLOCK": _SUM_COLUMNS}
     forward = pointers(x="bf16", weight="bf16", scale="fp32", y="bf16", reciprocal="fp32")
     backward = pointers(
@@ -384,11 +387,19 @@ def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
     total = pointers(partials="fp32", weight="bf16", scale="fp32", grad_weight="bf16", scale_partials="fp32")
     # With less than 8 elements a thread, accesses are narrower than 16 bytes.
     bulk = hidden % 8 == 0 and block >= 256 * warps
+    result = []
+    for name, kernel, types, constants in (
+        ("forward", _forward_kernel, forward, {"EPS": 1e-6}),
+        ("backward", _backward_kernel, backward, {"STAGES": BACKWARD_STAGES}),
+    ):
+        aligned = tuple(argument for argument in types if argument != "rows")
+        trained = row | constants | {"ROUND_FIRST": False}
+        result.append(Variant(name, kernel, types, trained, aligned, warps, bulk=bulk))
+        published = row | constants | {"ROUND_FIRST": True, "scale": None}
+        types = {argument: kind for argument, kind in types.items() if argument != "scale"}
+        aligned = tuple(argument for argument in aligned if argument in types)
+        result.append(Variant(f"{name}_rounded", kernel, types, published, aligned, warps, bulk=bulk))
     return [
-        Variant("forward", _forward_kernel, forward, row | {"EPS": 1e-6}, tuple(forward), warps, bulk=bulk),
-        Variant(
-            "backward", _backward_kernel, backward, row | {"STAGES": BACKWARD_STAGES}, tuple(backward)[:-1],
-            warps, bulk=bulk,
-        ),
+        *result,
         Variant("sum", _sum_kernel, total | {"programs": "i32"}, tile, tuple(total), _SUM_WARPS, bulk=False),
-    ]  # fmt: skip
+    ]

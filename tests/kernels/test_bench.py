@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from titan_yulan.config.model import PRESETS
 from titan_yulan.kernels import bench, bench_measure
 from titan_yulan.kernels.bench_measure import Case, WrongResult, accumulated_error, errors, timing
-from titan_yulan.kernels.bench_operations import OPERATIONS, Shape, implementation
+from titan_yulan.kernels.bench_operations import KEYS, OPERATIONS, Shape, implementation
 from titan_yulan.kernels.bench_report import Machine, Row, markdown
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHAPE = Shape(tokens=11, hidden=24, intermediate=40, vocab=56, dtype=torch.float32)
+SHAPE = Shape(tokens=11, hidden=24, intermediate=40, vocab=56, keys=8, dtype=torch.float32)
 CPU = torch.device("cpu")
 
 
@@ -54,6 +55,29 @@ def test_every_operation_is_right_and_can_be_timed(name: str, monkeypatch: pytes
             assert timing(case, function, mode).median > 0
     if operation.accumulated is not None:
         assert accumulated_error(case, operation.accumulated("reference")) < 1e-6
+
+
+def test_columns_of_the_keys_are_those_of_the_presets() -> None:
+    for name, columns in KEYS.items():
+        assert columns == PRESETS[name].num_key_value_heads * PRESETS[name].attention_head_dim
+
+
+def test_traffic_and_work_of_the_projections() -> None:
+    qkv, gate_up = (OPERATIONS[name] for name in ("packed_linear_qkv", "packed_linear_gate_up"))
+    assert [qkv.traffic[mode](SHAPE) for mode in ("fwd", "bwd")] == [
+        4 * (11 * 24 + 40 * 24 + 11 * 40),
+        4 * (2 * (11 * 24 + 40 * 24) + 11 * 40),
+    ]
+    assert gate_up.traffic["fwd_bwd"](SHAPE) == 4 * (3 * (11 * 24 + 80 * 24) + 2 * 11 * 40)
+    assert [gate_up.work[mode](SHAPE) for mode in ("fwd", "bwd", "fwd_bwd")] == [
+        2 * 11 * 24 * 80 * n for n in (1, 2, 3)
+    ]
+
+
+def test_a_peer_without_the_operation_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["packed_linear_qkv", "--tokens", "4", "--mode", "fwd", "--size", "debug", "--dtype", "fp32"]
+    rows = measured([*arguments, "--impl", "torch,liger,liger_float32"], monkeypatch, spoilt=False)
+    assert [(row.implementation, row.status) for row in rows] == [("torch", "measured")]
 
 
 @pytest.mark.parametrize("name", ["add_rms_norm", "linear_cross_entropy"])
@@ -146,7 +170,8 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, capsys
 
 def test_the_page_compares_with_targets_peers_and_sums_a_layer() -> None:
     machine = Machine("GPU", 3000.0, 700.0, *8 * ["x"])
-    times = {("add_rms_norm", "fwd"): 1.0, ("add_rms_norm", "bwd"): 2.0, ("swiglu", "fwd"): 4.0, ("swiglu", "bwd"): 8.0}
+    norm, activation = "add_rms_norm", "swiglu_packed"
+    times = {(norm, "fwd"): 1.0, (norm, "bwd"): 2.0, (activation, "fwd"): 4.0, (activation, "bwd"): 8.0}
     rows = []
     for name, factor in (("triton", 1.0), ("liger", 1.5), ("compile", 1.25)):
         target = 0.92 if name == "triton" else None
@@ -154,5 +179,5 @@ def test_the_page_compares_with_targets_peers_and_sums_a_layer() -> None:
             row = Row(operation, name, mode, "yulan_mini_2b", 4096, "bf16", "measured", ms=factor * ms)
             rows.append(replace(row, share_of_copy=0.9 / factor, target=target))
     page = markdown(machine, rows)
-    assert "| swiglu | bwd | 4096 | 0.900 | 0.92 | compile | 1.250 |" in page
-    assert "| 4096 | triton | 18 |" in page and "| 4096 | liger | 27 |" in page
+    assert "| swiglu_packed | bwd | 4096 | 0.900 | 0.92 | compile | 1.250 |" in page
+    assert "| 4096 | triton | 18 | 1.000 |" in page and "| 4096 | liger | 27 | 1.500 |" in page

@@ -190,8 +190,8 @@ class CheckpointSection:
     asynchronous: bool = setting(True, "write in the background while training goes on")
     verify: str = setting(
         "full",
-        "what is compared with the manifest before loading; full: every byte; sample: sizes, and every byte of one file "
-        "in eight; size: sizes alone",
+        "what is compared with the manifest before loading; full: every byte; sample: sizes, and every byte of one "
+        "file in eight; size: sizes alone",
         choices=("full", "sample", "size"),
     )
 
@@ -202,9 +202,9 @@ class RecoverySection:
 
     non_finite: str = setting(
         "stop",
-        "a loss or gradient that is not finite never reaches the weights; then stop: end the run; retry: go back to the "
-        "newest checkpoint and read the same rows again (a bad node); skip: go on with the next step; rollback: go back "
-        "and leave this step's rows out",
+        "a loss or gradient that is not finite never reaches the weights; then stop: end the run; retry: go back to "
+        "the newest checkpoint and read the same rows again (a bad node); skip: go on with the next step; rollback: "
+        "go back and leave this step's rows out",
         choices=("stop", "retry", "skip", "rollback"),
     )
     spike: str = setting(

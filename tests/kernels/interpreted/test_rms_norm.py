@@ -136,6 +136,20 @@ def test_rounding_before_the_weight(device: torch.device, generator: torch.Gener
     torch.testing.assert_close(grad_weight.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rounding_before_the_weight_of_a_sum(device: torch.device, generator: torch.Generator, scaled: bool) -> None:
+    """The norm of a sum is the norm of that sum, forward and backward, to the bit."""
+    x, residual, dy = (normal(generator, device, torch.bfloat16, 9, 130) for _ in range(3))
+    weight, scale = normal(generator, device, torch.float32, 130), torch.tensor([1.7], device=device)
+    options = {"scale": scale if scaled else None, "round_before_weight": True, "kernels": "triton"}
+    total = add_rms_norm(x, residual, weight, EPS, **options)[1]
+    added = results_of(lambda r, w: add_rms_norm(x, r, w, EPS, **options)[0], (residual, weight), (dy,))
+    plain = results_of(lambda x, w: rms_norm(x, w, EPS, **options), (total, weight), (dy,))
+    assert torch.equal(total, x + residual)
+    assert all(torch.equal(a, b) for a, b in zip(added, plain, strict=True))
+    assert not torch.equal(added[0], rms_norm(total, weight, EPS, options["scale"], kernels="triton"))
+
+
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
 def test_memory_that_is_not_in_order(device: torch.device, generator: torch.Generator, name: str) -> None:
     """Three dimensions, inputs transposed, and a gradient without strides, as `sum` makes them."""
