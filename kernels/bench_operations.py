@@ -125,7 +125,7 @@ def _accumulated_head_gradient(kernels: str) -> Function:
 
 
 def _ours_qkv(kernels: str) -> Function:
-    """Split as the attention splits it, which in backward puts the three gradients side by side: that is timed too."""
+    """Split as in the attention; backward's putting the three gradients side by side is timed too."""
     project = importlib.import_module("titan_yulan.kernels.packed_linear").packed_linear
 
     def run(x: Tensor, query: Tensor, key: Tensor, value: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
@@ -229,8 +229,7 @@ def _norm_inputs(tensors: int, shape: Shape, normal: Callable[..., Tensor]) -> l
 
 def _projection(shape: Shape, normal: Callable[..., Tensor], *fields: str) -> list[Tensor]:
     """x, and a weight for each of the fields that names its rows."""
-    rows = [getattr(shape, field) for field in fields]
-    weights = [normal(count, shape.hidden, deviation=shape.hidden**-0.5) for count in rows]
+    weights = [normal(getattr(shape, field), shape.hidden, deviation=shape.hidden**-0.5) for field in fields]
     return [normal(shape.tokens, shape.hidden), *weights]
 
 
@@ -346,7 +345,7 @@ OPERATIONS = {
             differentiable=5,
             mathematics=_qkv,
             ours=_ours_qkv,
-            **_projections(lambda shape: shape.hidden + 2 * shape.keys, lambda shape: shape.hidden + 2 * shape.keys),
+            **_projections(*2 * [lambda shape: shape.hidden + 2 * shape.keys]),
         ),
         # Without its activation, packed would stand against separate only with a copy that the decoder does not make.
         Operation(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from titan_yulan.kernels.runtime import Kernels, or_empty, pointers, runs_triton, tl, triton
+from titan_yulan.kernels.runtime import Kernels, or_empty, pointers, runs_triton, tl, triton, use_operator
 from titan_yulan.kernels.variant import Variant
 
 _BLOCK, _WARPS = 2048, 4  # 16 elements a thread: two 16-byte accesses per tensor in 16-bit types
@@ -46,17 +46,17 @@ def packed_linear(
         weights: (out_i, in) each, x's type.
         scales: (number of weights,), the multiplier of each weight and its bias, float32 or wider; None for 1.
         biases: (out_i,) each, x's type; none or one per weight.
-        kernels: `"reference"` is plain autograd; anything else the operator, whose products run everywhere.
+        kernels: see `runtime.choose`; `"reference"` is plain autograd.
 
     Returns:
         (..., sum of out_i) in x's type.
 
     Raises:
         TypeError: a type that is not floating, or weights and biases of another type than x.
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, or Triton insisted on where it cannot run.
     """
     _check(x, weights, scales, biases)
-    if kernels == "reference":
+    if not use_operator(kernels, x.device):
         return packed_linear_reference(x, weights, scales, biases)
     return torch.ops.titan_yulan.packed_linear_forward(x, list(weights), scales, list(biases))
 
@@ -84,6 +84,17 @@ def _pack_once(parts: Sequence[Tensor], scales: Tensor | None) -> Tensor:
     packed = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]))
     for part, place, scale in zip(parts, packed.split(sizes), scales.split(1), strict=True):
         torch.mul(part, scale, out=place)
+    return packed
+
+
+def _packed(parts: Sequence[Tensor], scales: Tensor | None) -> Tensor:
+    """`_pack` without autograd: a scaled part goes through memory once, straight to its place."""
+    if scales is None:
+        return _pack(parts, None)
+    sizes = [part.shape[0] for part in parts]
+    packed = parts[0].new_empty((sum(sizes), *parts[0].shape[1:]))
+    for place, part, scale in zip(packed.split(sizes), parts, scales.split(1), strict=True):
+        torch.mul(part, scale, out=place)  # in the wider type, rounded at the store
     return packed
 
 

@@ -373,10 +373,7 @@ register_sharding(torch.ops.titan_yulan.rms_norm_backward.default, _shard_backwa
 
 
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
-    """Every kernel as it is launched in bfloat16 at this hidden size, for ahead-of-time compilation.
-
-    `_rounded` is as a published Llama runs it: rounded before the weight, without a multiplier.
-    """
+    """Every kernel as launched in bfloat16 at this hidden size; `_rounded` before the weight, without a multiplier."""
     block, warps = row_configuration(hidden)
     row = {"N": hidden, "BLOCK": block}
     tile = {"N": hidden, "ROWS": _SUM_ROWS, "BLOCK": _SUM_COLUMNS}
@@ -389,16 +386,14 @@ def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
     bulk = hidden % 8 == 0 and block >= 256 * warps
     result = []
     for name, kernel, types, constants in (
-        ("forward", _forward_kernel, forward, {"EPS": 1e-6}),
-        ("backward", _backward_kernel, backward, {"STAGES": BACKWARD_STAGES}),
+        ("forward", _forward_kernel, forward, row | {"EPS": 1e-6}),
+        ("backward", _backward_kernel, backward, row | {"STAGES": BACKWARD_STAGES}),
     ):
-        aligned = tuple(argument for argument in types if argument != "rows")
-        trained = row | constants | {"ROUND_FIRST": False}
-        result.append(Variant(name, kernel, types, trained, aligned, warps, bulk=bulk))
-        published = row | constants | {"ROUND_FIRST": True, "scale": None}
-        types = {argument: kind for argument, kind in types.items() if argument != "scale"}
-        aligned = tuple(argument for argument in aligned if argument in types)
-        result.append(Variant(f"{name}_rounded", kernel, types, published, aligned, warps, bulk=bulk))
+        for suffix, absent in (("", ()), ("_rounded", ("scale",))):
+            present = {argument: kind for argument, kind in types.items() if argument not in absent}
+            values = constants | dict.fromkeys(absent) | {"ROUND_FIRST": bool(suffix)}
+            aligned = tuple(argument for argument in present if argument != "rows")
+            result.append(Variant(name + suffix, kernel, present, values, aligned, warps, bulk=bulk))
     return [
         *result,
         Variant("sum", _sum_kernel, total | {"programs": "i32"}, tile, tuple(total), _SUM_WARPS, bulk=False),

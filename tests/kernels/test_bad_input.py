@@ -19,6 +19,7 @@ from titan_yulan.kernels import runtime
 from titan_yulan.kernels.add_rms_norm import add_rms_norm
 from titan_yulan.kernels.cross_entropy import cross_entropy
 from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+from titan_yulan.kernels.packed_linear import packed_linear
 from titan_yulan.kernels.rms_norm import MAXIMUM_SIZE, rms_norm, row_configuration
 from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.kernels.swiglu import swiglu, swiglu_packed
@@ -124,15 +125,26 @@ def test_targets_outside_the_vocabulary_under_the_debug_flag(wrong: int, monkeyp
 
 
 def test_an_old_gpu_runs_every_operation_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins: no machine of ours has such a GPU, and a fake tensor needs none to go the way that a real one goes."""
+    """Stand-ins: no machine of ours has such a GPU, and a fake tensor needs none to go the way that a real one goes.
+
+    The fused head is one operator everywhere, which is told whether to run Triton by what `test_runtime.py` tests.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime, "_capability", lambda index: (7, 5))
+    # A PyTorch for CPUs cannot index a fake tensor of a GPU, which this reference does.
+    monkeypatch.setitem(cross_entropy.__globals__, "cross_entropy_reference", lambda logits, *_, **__: (logits,))
     runtime._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught, FakeTensorMode(), Calls() as calls:
         warnings.simplefilter("always")
         x, weight = torch.empty(TOKENS, 8, device="cuda"), torch.empty(8, device="cuda")
+        head, scales = torch.empty(VOCAB, 8, device="cuda"), torch.empty(2, device="cuda")
+        targets = torch.empty(TOKENS, dtype=torch.int64, device="cuda")
         for _ in range(2):
             results = [rms_norm(x, weight, 1e-6), *add_rms_norm(x, x, weight, 1e-6), swiglu(x, x), swiglu_packed(x)]
+            results += [
+                packed_linear(x, [head, head], scales),
+                *cross_entropy(x, targets, torch.empty(TOKENS, device="cuda")),
+            ]
             assert all(result.is_cuda for result in results)
     assert calls.count == {}
     expected = "cuda:0: compute capability 7.5 is below 8.0; the reference operations of PyTorch run instead"

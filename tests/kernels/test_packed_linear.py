@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tests.kernels.accuracy import DTYPES, assert_accurate, results_of
 from tests.kernels.operators import assert_same_compiled, forward_runs
 from titan_yulan.kernels.packed_linear import packed_linear, packed_linear_reference
+from titan_yulan.kernels.runtime import Kernels
 
 OUT = (8, 4, 4)
 
@@ -53,6 +54,15 @@ def test_equals_float64_as_closely_as_plain_autograd(
     if dtype == torch.float32:  # of few bits, so that products, whose rounding is not ours, are exact
         *leaves, upstream = ((8 * tensor.detach()).round() / 8 for tensor in (*leaves, upstream))
     assert_accurate(partial(apply, packed_linear, scaled), plain, plain, leaves, [upstream])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_the_operator_packs_the_bits_that_autograd_packs(dtype: torch.dtype, kind: torch.dtype, device: str) -> None:
+    leaves = [leaf.detach() for leaf in make(dtype, device, True, True)]
+    leaves[4] = leaves[4].to(kind)
+    results = (apply(function, True, *leaves) for function in (packed_linear, packed_linear_reference))
+    assert torch.equal(*results)
 
 
 def test_memory_that_is_not_in_order_and_no_tokens(device: str) -> None:
@@ -150,3 +160,11 @@ def test_packed_linear_refuses(change: Any, error: type[Exception], message: str
     with pytest.raises(error) as raised:
         packed_linear(*change(x, rest[:3], rest[3], rest[4:]))
     assert message in str(raised.value)
+
+
+def test_packed_linear_insists_on_triton_or_refuses(device: str) -> None:
+    x, *weights = (leaf.detach() for leaf in make(torch.float32, device, False, False))
+    with pytest.raises(ValueError, match='choose "auto", "triton" or "reference"'):
+        packed_linear(x, weights, kernels=cast(Kernels, "liger"))
+    with pytest.raises(ValueError, match='kernels = "triton" on cpu'):
+        packed_linear(x.cpu(), [weight.cpu() for weight in weights], kernels="triton")

@@ -136,17 +136,14 @@ def test_few_rows(device: torch.device, rows: int) -> None:
         torch.testing.assert_close(value.double(), reference[name], rtol=1e-6, atol=1e-6)
 
 
-# On a GPU also rows so far apart that their offsets do not fit in 32 bits.
-@pytest.mark.parametrize("stride", [165, 170, *([2**31] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("stride", [165, 170, 2**30])
 def test_rows_at_any_distance(device: torch.device, stride: int) -> None:
-    values, *rest = inputs(device, 165, torch.float16, seed=6)
-    rows = 2 if stride > 1000 else TOKENS
-    memory = torch.empty((rows - 1) * stride + 165, dtype=torch.float16, device=device)
-    logits = memory.as_strided((rows, 165), (stride, 1)).copy_(values.detach()[:rows]).requires_grad_()
-    ours, contiguous = (
-        results(cross_entropy, part, *(tensor[:rows] for tensor in rest), Z)
-        for part in (logits, values.detach()[:rows].requires_grad_())
-    )
+    """Also where the third row's offset has 64 bits; a CPU holds no memory for what lies between, never written."""
+    chosen = [0, 1, 3] if stride > 1000 else list(range(TOKENS))  # row 2 has no weight and is not read
+    values, *rest = (tensor.detach()[chosen] for tensor in inputs(device, 165, torch.float16, seed=6))
+    memory = torch.empty((len(chosen) - 1) * stride + 165, dtype=torch.float16, device=device)
+    logits = memory.as_strided((len(chosen), 165), (stride, 1)).copy_(values).requires_grad_()
+    ours, contiguous = (results(cross_entropy, part, *rest, Z) for part in (logits, values.requires_grad_()))
     assert all(torch.equal(ours[name], contiguous[name]) for name in ours)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_rounding_before_the_weight_of_a_sum(device: torch.device, generator: to
     """The norm of a sum is the norm of that sum, forward and backward, to the bit."""
     x, residual, dy = (normal(generator, device, torch.bfloat16, 9, 130) for _ in range(3))
     weight, scale = normal(generator, device, torch.float32, 130), torch.tensor([1.7], device=device)
-    options = {"scale": scale if scaled else None, "round_before_weight": True, "kernels": "triton"}
+    options: dict[str, Any] = {"scale": scale if scaled else None, "round_before_weight": True, "kernels": "triton"}
     total = add_rms_norm(x, residual, weight, EPS, **options)[1]
     added = results_of(lambda r, w: add_rms_norm(x, r, w, EPS, **options)[0], (residual, weight), (dy,))
     plain = results_of(lambda x, w: rms_norm(x, w, EPS, **options), (total, weight), (dy,))
@@ -215,16 +216,23 @@ def test_no_rows(device: torch.device) -> None:
         assert torch.equal(result[-2], torch.zeros_like(weight)) and torch.equal(result[-1], torch.zeros_like(scale))
 
 
-def test_offsets_beyond_32_bits(device: torch.device, generator: torch.Generator) -> None:
+@pytest.mark.parametrize("added", [False, True])
+def test_offsets_beyond_32_bits(device: torch.device, generator: torch.Generator, added: bool) -> None:
     """On a GPU with more than 2^31 elements; the interpreter, for which that is too much, goes through the test."""
     rows = 2**31 // 1920 + 5 if device.type == "cuda" else 5
     x = torch.ones(rows, 1920, dtype=torch.bfloat16, device=device)
     x[-5:] = normal(generator, device, torch.bfloat16, 5, 1920)
     weight = torch.ones(1920, dtype=torch.bfloat16, device=device)
+
+    def norm(x: Tensor) -> Tensor:
+        if added:
+            return add_rms_norm(x, x.detach(), weight, EPS, kernels="triton")[0]
+        return rms_norm(x, weight, EPS, kernels="triton")
+
     x.requires_grad_()
-    y = rms_norm(x, weight, EPS, kernels="triton")
+    y = norm(x)
     (dx,) = torch.autograd.grad(y, x, y.detach())
-    last = results_of(lambda x: rms_norm(x, weight, EPS, kernels="triton"), (x[-5:],), (y[-5:].detach(),))
+    last = results_of(norm, (x[-5:],), (y[-5:].detach(),))
     assert torch.equal(y[-5:], last[0]) and torch.equal(dx[-5:], last[1])
 
 
