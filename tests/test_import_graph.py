@@ -27,6 +27,7 @@ ORDER = (
     "monitor",
     "eval",
     "plan",
+    "learner",
     "train",
     "launch",
     "cli",

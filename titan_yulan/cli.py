@@ -76,14 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _data_verbs(verbs)
 
-    checkpoint = verbs.add_parser("checkpoint", help="list and verify checkpoints").add_subparsers(
-        metavar="VERB", required=True
-    )
-    for name, text, verb in (
-        ("list", "the complete checkpoints of a run", _checkpoint_list),
-        ("verify", "compare every file with its hash", _checkpoint_verify),
-    ):
-        _verb(checkpoint, name, text, verb).add_argument("folder", help="run folder or checkpoint folder")
+    _checkpoint_verbs(verbs)
 
     generate = _verb(verbs, "generate", "continue a text with the newest checkpoint of a run", _generate)
     generate.add_argument("--run", required=True, help="run folder or checkpoint folder")
@@ -123,6 +116,28 @@ def _data_verbs(verbs) -> None:
     stream.add_argument("--world", type=int, help="only the rows that rank --rank of this many reads")
     stream.add_argument("--rank", type=int)
     stream.add_argument("--batch", type=int, help="rows of a global batch (default: the phase's)")
+
+
+def _checkpoint_verbs(verbs) -> None:
+    checkpoint = verbs.add_parser("checkpoint", help="list, verify, compare and delete checkpoints").add_subparsers(
+        metavar="VERB", required=True
+    )
+    for name, text, verb in (
+        ("list", "the complete checkpoints of a run", _checkpoint_list),
+        ("verify", "compare every file with its hash", _checkpoint_verify),
+    ):
+        _verb(checkpoint, name, text, verb).add_argument("folder", help="run folder or checkpoint folder")
+    diff = _verb(
+        checkpoint, "diff", "what differs between two checkpoints: configuration, state, tensors", _checkpoint_diff
+    )
+    diff.add_argument("first", help="checkpoint folder, or run folder (its newest)")
+    diff.add_argument("second")
+    prune = _verb(
+        checkpoint, "prune", "delete all but the newest checkpoints and the ends of phases", _checkpoint_prune
+    )
+    prune.add_argument("folder", help="run folder")
+    prune.add_argument("--keep", type=int, required=True, metavar="N", help="newest sound checkpoints to keep")
+    prune.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
 
 
 def _verb(verbs, name: str, text: str, function) -> argparse.ArgumentParser:
@@ -247,6 +262,22 @@ def _checkpoint_verify(options: argparse.Namespace) -> int:
     lines, sound = verify_checkpoints(Path(options.folder))
     print("\n".join(lines))
     return 0 if sound else 1
+
+
+def _checkpoint_diff(options: argparse.Namespace) -> int:
+    from titan_yulan.checkpoint.diff import diff_checkpoints
+
+    differs = False
+    for line in diff_checkpoints(Path(options.first), Path(options.second)):
+        print(line)
+        differs = True
+    return 1 if differs else 0
+
+
+def _checkpoint_prune(options: argparse.Namespace) -> None:
+    from titan_yulan.checkpoint.report import prune_checkpoints
+
+    print("\n".join(prune_checkpoints(Path(options.folder), options.keep, delete=options.yes)))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -19,9 +19,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
@@ -36,7 +38,7 @@ from titan_yulan.data.source import Source
 from titan_yulan.errors import UserError
 from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_atomically, write_status
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
-from titan_yulan.parallel.launched import DEVICE_VARIABLE, end_with_parent
+from titan_yulan.parallel.launched import death_signal, end_with_parent
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -46,56 +48,10 @@ from titan_yulan.plan.memory import (
     inspect_machine,
     ranks_that_fit,
 )
+from titan_yulan.plan.start import Launch, torchrun_command, worker_environment
 
 ROOT = Path(__file__).resolve().parent.parent
-_SHUTDOWN_SECONDS = 120  # torchrun, when it is signalled, lets the workers finish their step and save
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How many processes on how many nodes; from the environment of `run_train.sh`."""
-
-    processes: int
-    nodes: str
-    node_rank: int
-    endpoint: str
-    max_restarts: int
-    log_rank: str
-
-    @classmethod
-    def from_environment(cls, machine: Machine) -> Launch:
-        """NPROC (default: the GPUs, else 2), NNODES, NODE_RANK, RDZV_ENDPOINT, MAX_RESTARTS, LOG_RANK.
-
-        Raises:
-            UserError: a variable is not what it should be.
-        """
-        nodes = os.environ.get("NNODES", "1")
-        endpoint = os.environ.get("RDZV_ENDPOINT", "")
-        if nodes not in ("1", "1:1") and not endpoint:
-            raise UserError(f"NNODES={nodes} needs RDZV_ENDPOINT=HOST:PORT, the same on every node")
-        return cls(
-            processes=_whole_number("NPROC", machine.accelerators or 2, 1),
-            nodes=nodes,
-            node_rank=_whole_number("NODE_RANK", 0, 0),
-            endpoint=endpoint,
-            max_restarts=_whole_number("MAX_RESTARTS", 3, 0),
-            log_rank=os.environ.get("LOG_RANK", "0"),
-        )
-
-    @property
-    def world(self) -> int:
-        """Ranks at the start, with the smallest allowed number of nodes."""
-        try:
-            return self.processes * int(self.nodes.split(":")[0])
-        except ValueError:
-            raise UserError(f"NNODES={self.nodes}: write a number, or MIN:MAX for an elastic run") from None
-
-
-def _whole_number(name: str, default: int, least: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdigit() or int(text) < least:
-        raise UserError(f"{name}={text}: write a whole number, at least {least}")
-    return int(text)
+_ONE_REQUEST = 2.0  # seconds in which signals are one request: schedulers and shells pass the same one on twice
 
 
 def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[str], debug: bool) -> int:
@@ -115,7 +71,7 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     resume = check_resume(config, plan, checkpoint, allow_changes)
     if checkpoint is None and config.phases[0].start_from:
         check_model(config, layout.open_checkpoint(Path(config.phases[0].start_from)), allow_changes)
-    degrees = check_layout(plan, start.world, resume.step)
+    degrees = check_layout(plan, start, resume.step)
     _say_plan(path, config, plan, degrees, start, machine, resume, folder)
     if resume.complete:
         write_status(folder, "finished", 0, step=resume.step)
@@ -135,13 +91,15 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     check_sources(config, plan, checkpoint, allow_changes)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_start(folder, start) as lock:
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        before = read_status(folder)
         resolved = folder / "config.toml"
-        write_atomically(resolved, configuration.to_toml(config))
-        write_status(folder, "starting", 1)
+        if start.hosts:  # another node may join a run that is under way, and changes nothing in its folder
+            (folder / STOP_FILE).unlink(missing_ok=True)
+            write_atomically(resolved, configuration.to_toml(config))
+            write_status(folder, "starting", 1)
         command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
         code, stopped = _run(command, start, machine, folder, lock)
-    return exit_code(folder, code, stopped)
+    return exit_code(folder, code, stopped) if start.hosts else exit_code_elsewhere(folder, before, code, stopped)
 
 
 @contextlib.contextmanager
@@ -215,12 +173,30 @@ def _say_plan(
     print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
 
 
-def check_layout(plan: Plan, world: int, step: int) -> dict[str, Degrees]:
-    """The degrees of every phase that ends after `step`, by its name.
+def check_layout(plan: Plan, start: Launch, step: int) -> dict[str, Degrees]:
+    """The degrees of every phase that ends after `step`, by its name, with the smallest number of nodes.
 
     Raises:
-        UserError: [parallel] does not fit the number of ranks, or a batch has too few rows for its ranks.
+        UserError: [parallel] does not fit the number of ranks, or a batch has too few rows for its ranks, with any
+            number of nodes that the group may have.
     """
+    found: dict[int, dict[str, Degrees]] = {}
+    wrong: dict[int, UserError] = {}
+    for nodes in range(start.min_nodes, start.max_nodes + 1):
+        try:
+            found[nodes] = _degrees(plan, nodes * start.processes, step)
+        except UserError as error:
+            wrong[nodes] = error
+    if wrong:
+        nodes, error = next(iter(wrong.items()))
+        if not start.elastic:
+            raise error
+        legal = f"legal are {', '.join(map(str, found))}" if found else "no number of nodes in between fits"
+        raise UserError(f"NNODES={start.nodes} allows a group of {nodes} node(s), but: {error}. Of these {legal}")
+    return found[start.min_nodes]
+
+
+def _degrees(plan: Plan, world: int, step: int) -> dict[str, Degrees]:
     found = {}
     for phase in plan.phases[plan.config.first_phase :]:
         if phase.end.step <= step:
@@ -315,70 +291,39 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
             print(f"source         {name}: {source.tokens:,} tokens, read {end / source.tokens:.2f} times by the end")
 
 
-def torchrun_command(
-    start: Launch, name: str, resolved: Path, folder: Path, allow_changes: Sequence[str], debug: bool
-) -> list[str]:
-    """The torchrun command line of one node."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={start.processes}"]
-    if start.nodes in ("1", "1:1"):
-        command += ["--standalone"]
-    else:
-        command += [
-            f"--nnodes={start.nodes}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={start.endpoint}",
-            f"--rdzv-id={name}",
-            f"--rdzv-conf=is_host={'true' if start.node_rank == 0 else 'false'}",
-        ]
-    command += [
-        f"--max-restarts={start.max_restarts}",
-        "--monitor-interval=0.2",
-        f"--log-dir={folder / 'logs'}",
-        "--tee=3",
-        f"--local-ranks-filter={start.log_rank}",
-        "--module",
-        "titan_yulan.train",
-        f"--config={resolved}",
-    ]
-    command += [f"--allow-change={key}" for key in allow_changes]
-    return command + (["--debug"] if debug else [])
-
-
 def _run(command: list[str], start: Launch, machine: Machine, folder: Path, lock: int) -> tuple[int, bool]:
     """Run torchrun to its end; returns its exit code and whether this process was asked to stop.
 
     A signal becomes the run's stop file, which the workers look for at every step: torchrun, told itself, would report
     a failure although every worker ended well, and a worker that is still starting would die of the signal and be
-    started again. A second signal goes to torchrun, which ends the workers."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, machine.cores // start.processes))),
-        "PYTHONUNBUFFERED": "1",
-        DEVICE_VARIABLE: "cuda" if machine.accelerators else "cpu",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
-        # every restart gets a fresh store: in a shared one, ranks find the addresses of the ranks before the restart
-        # and hang when they connect (pytorch issue 135712)
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        # an empty template would mean torchrun's own, longer one
-        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": " " if start.log_rank.isdigit() else "[rank ${rank}] ",
-    }
+    started again. A later signal goes to torchrun, which ends the workers."""
     sys.stdout.flush()
     process = subprocess.Popen(
-        command, env=environment, start_new_session=True, pass_fds=[lock], preexec_fn=end_with_parent
+        command,
+        env=worker_environment(start, machine, os.environ),
+        start_new_session=True,
+        pass_fds=[lock],
+        preexec_fn=partial(_prepare_torchrun, death_signal(start.elastic and not start.hosts)),
     )
-    signals: list[int] = []
+    first: list[float] = []
 
     def stop(number: int, _: object) -> None:
-        signals.append(number)
-        if len(signals) == 1:
+        if not first:
+            first.append(time.monotonic())
             (folder / STOP_FILE).touch()
-        else:
+        elif time.monotonic() - first[0] > _ONE_REQUEST:
             process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, stop)
     code = process.wait()
-    return code, bool(signals)
+    return code, bool(first)
+
+
+def _prepare_torchrun(number: int) -> None:
+    end_with_parent(number)
+    # Slurm's SIGUSR1 reaches every process of a job step: torchrun, or a worker that is still starting, would die of it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def exit_code(folder: Path, torchrun_code: int, stopped: bool) -> int:
@@ -402,3 +347,23 @@ def exit_code(folder: Path, torchrun_code: int, stopped: bool) -> int:
     if status["state"] == "failed":
         print(f"ERROR: {status.get('message', 'unknown')}", file=sys.stderr)
     return int(status["exit_code"])
+
+
+def exit_code_elsewhere(folder: Path, before: dict[str, Any], torchrun_code: int, stopped: bool) -> int:
+    """The exit code on a node that does not host the rendezvous: it may have left a run that goes on without it, and
+    never speaks for the run.
+
+    Args:
+        before: `status.json` when this node began.
+    """
+    status = read_status(folder)
+    if status.get("state") in ("finished", "stopped", "failed") and (torchrun_code == 0 or status != before):
+        return exit_code(folder, torchrun_code, stopped)
+    if stopped:
+        return 75
+    print(
+        f"ERROR: this node left the run without a result (torchrun: {torchrun_code}); its output is in "
+        f"{folder / 'logs'}. The same command joins again, or goes on if the run has ended",
+        file=sys.stderr,
+    )
+    return 1

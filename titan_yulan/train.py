@@ -1,8 +1,9 @@
 """The trainer: build, loop, close. `train(config)` is the Python entry behind `./run_train.sh`.
 
-A step reads this rank's micro-batches of one global batch, divides their summed losses by one global denominator,
-adds the gradients up over all ranks, clips, and updates. Learning rate, rows and phase are functions of the number of
-finished steps alone (`curriculum.plan`), so the loop below keeps no other state.
+What a step computes is in `learner`. Learning rate, rows and phase are functions of the number of finished steps alone
+(`curriculum.plan`); besides that number the loop keeps only the list of skipped steps.
+
+Two exceptions leave the loop: `GoBack` (a bad step; training goes on from the newest checkpoint) and `StopRequest`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import argparse
 import errno
 import os
 import platform
-import signal
-import time
 import traceback
 from collections.abc import Collection
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,39 +27,51 @@ from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers, step_folder
 from titan_yulan.checkpoint.resume import check_data, check_model, check_resume, make_plan, run_folder
+from titan_yulan.checkpoint.saver import Saver
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Duration
 from titan_yulan.curriculum.plan import PhasePlan
-from titan_yulan.data.loader import Batch, Loader, fingerprint
 from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError, explain_os_error
 from titan_yulan.eval.generate import generate
-from titan_yulan.eval.validation import HeldOutRows, validation_loss
+from titan_yulan.eval.validation import HeldOutRows
 from titan_yulan.kernels.runtime import Kernels, choose
-from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_status
-from titan_yulan.monitor.recorder import Recorder, StepValues
-from titan_yulan.objective.forward import forward
-from titan_yulan.objective.next_token import NextToken
-from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate
+from titan_yulan.learner import Learner
+from titan_yulan.monitor.events import append_event
+from titan_yulan.monitor.metrics import read_status, write_status
+from titan_yulan.monitor.recorder import Recorder
+from titan_yulan.monitor.recovery import GoBack, Recovery
+from titan_yulan.monitor.watchdog import Watchdog
 from titan_yulan.parallel import process
-from titan_yulan.parallel.compile import CompileWatch, compile_loss
-from titan_yulan.parallel.degrees import resolve_degrees
-from titan_yulan.parallel.fsdp import reshard, sum_replicated_gradients, synchronize_next_backward
-from titan_yulan.parallel.launched import DEVICE_VARIABLE, end_with_parent
-from titan_yulan.parallel.mesh import build_mesh
-from titan_yulan.parallel.parallelize import build_decoder
+from titan_yulan.parallel.compile import CompileWatch
+from titan_yulan.parallel.launched import DEVICE_VARIABLE, STOP_FILE, end_with_parent
+from titan_yulan.parallel.nodes import StepTimes, check_nodes
 from titan_yulan.parallel.process import World
+from titan_yulan.parallel.stopping import StopRequests
 
 # After the model is built anew, compiling is no surprise for so many steps.
 _COMPILING_STEPS = 2
+# Printed lines between two comparisons of the ranks' speed.
+_COMPARE_EVERY = 10
+
+
+class StopRequest(Exception):
+    """All ranks have agreed to save and end; says why."""
 
 
 class Trainer:
     """One process's part of a run. Public methods in the order in which `train` calls them."""
 
-    def __init__(self, config: RunConfig, world: World, stop: StopSignals, allow_changes: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        stop: StopRequests,
+        watchdog: Watchdog,
+        allow_changes: Collection[str] = (),
+    ) -> None:
         """Read the data's descriptions, choose the checkpoint, build the model and load it.
 
         Raises:
@@ -67,7 +80,7 @@ class Trainer:
         self.config, self.world, self.allow_changes = config, world, allow_changes
         self.folder = run_folder(config)
         self.say = print if world.is_main else _silent
-        self.stop = stop
+        self.stop, self.watchdog = stop, watchdog
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -79,8 +92,10 @@ class Trainer:
             for leftover in remove_leftovers(self.folder / "checkpoints"):
                 self.say(f"removed {leftover}: a save that did not finish")
         dist.barrier()
+        check_nodes(world, self.say)
+        self.saver = Saver(self.folder / "checkpoints", world, config.checkpoint, partial(self._tell, "checkpoint"))
         self.tokenizer = Tokenizer.load(Path(config.tokenizer.path))
-        checkpoint = store.newest_good(self.folder / "checkpoints", world, self.say)
+        checkpoint = self._newest_checkpoint()
         self.plan = make_plan(config, checkpoint)
         self.sources = [Source.open(Path(config.data.sources[name].path)) for name in self.plan.sources]
         self.tapes = [Tape(source, config.run.seed) for source in self.sources]
@@ -88,22 +103,36 @@ class Trainer:
         for notice in self.resume.notices:
             self.say(notice)
         self.step = self.resume.step
+        self.recovery = Recovery(config.recovery, self.plan, self.folder, world.is_main)
         self._open_held_out()
-        self.kernels = self._choose_kernels()
-        self.compilations = CompileWatch()
-        self._build_model(self.plan.phase_at(self.step))
+        self.compilations, self.step_times = CompileWatch(), StepTimes(world)
+        self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say)
+        self._build(self.plan.phase_at(self.step))
         if checkpoint is not None:
             check_data(checkpoint, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
-            self._load(checkpoint)
-            self.say(f"resumed from {checkpoint.path}: step {self.step} of {self.plan.end.step}")
         elif config.phases[0].start_from:
             start = open_checkpoint(Path(config.phases[0].start_from))
-            if damage := store.find_damage_together(start, world):
+            if damage := store.find_damage_together(start, world, config.checkpoint.verify):
                 raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
             check_model(config, start, allow_changes)
             check_data(start, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
-            self._load(start)
-            self.say(f"started from {start.path}")
+        self._restore(checkpoint)
+        if checkpoint is not None:
+            line = f"resumed from {checkpoint.path}: step {self.step} of {self.plan.end.step}"
+            self._tell("resume", line, step=self.step, ranks=world.size)
+        elif config.phases[0].start_from:
+            self.say(f"started from {config.phases[0].start_from}")
+
+    def _tell(self, event: str, line: str, **details: Any) -> None:
+        """Print a line and keep it in the log of events."""
+        self.say(line)
+        if self.world.is_main:
+            with suppress(OSError):  # a full disk ends the run where something is written that must not be missing
+                append_event(self.folder, event, message=line, **details)
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        report = partial(self._tell, "damaged checkpoint")
+        return store.newest_good(self.folder / "checkpoints", self.world, report, self.config.checkpoint.verify)
 
     def _choose_kernels(self) -> Kernels:
         kernels = cast(Kernels, self.config.model.kernels)
@@ -122,195 +151,172 @@ class Trainer:
         self.held_out = HeldOutRows(held_out, self.config.eval.rows, length)
         self.held_out_tapes = [held_out.get(i, tape) for i, tape in enumerate(self.tapes)]
 
-    def _build_model(self, phase: PhasePlan) -> None:
-        config, section = self.config, phase.section
-        self.layout = (section.parallel, section.activation_checkpoint)
-        degrees = resolve_degrees(section.parallel, self.world.size, config.model, section.sequence_length)
-        self.mesh = build_mesh(degrees, self.world.device.type)
-        self.say(degrees.describe())
-        self.decoder = build_decoder(
-            config.model,
-            section.parallel,
-            self.mesh,
-            config.run.seed,
-            self.world.device,
-            section.activation_checkpoint,
-            config.compile,
-        )
-        self.objective = NextToken(
-            config.objective,
-            len(self.plan.sources),
-            self.kernels,
-            group=self.mesh.tensor_group,
-            vocabulary_size=config.model.vocab_size,
-        )
-        compile_loss(self.objective, config.compile)
+    def _build(self, phase: PhasePlan) -> None:
+        self.learner.build(phase)
         self.unsettled_steps = _COMPILING_STEPS
-        self.optimizer = build_adamw(self.decoder, config.model, config.optimizer)
-        self._set_rope_theta(phase)
 
-    def _set_rope_theta(self, phase: PhasePlan) -> None:
-        self.decoder.set_rope_theta(phase.section.rope_theta or self.config.model.rope_theta)
-
-    def _tensors(self) -> dict[str, dict]:
-        return {
-            "model": dict(self.decoder.named_parameters()),
-            "optimizer": optimizer_state(self.decoder, self.optimizer),
-        }
-
-    @torch.no_grad()
-    def _load(self, checkpoint: Checkpoint) -> None:
-        store.load(checkpoint, self._tensors(), self.world.host)
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        """Put step, weights, moments and window where a checkpoint has them; None: where the run began."""
+        start = self.config.phases[0].start_from
+        if checkpoint is not None:
+            self.learner.load(checkpoint)
+            self.recovery.resume(checkpoint.state().skipped)
+        elif start:
+            self.learner.load(open_checkpoint(Path(start)))
+        self.step = self.plan.phases[0].start.step if checkpoint is None else checkpoint.step
+        self.saved_step = self.step
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
     def run(self) -> str:
         """Train what is left; returns "finished" or "stopped"."""
         resumed = self.step if self.step > self.plan.phases[0].start.step else None
-        self.recorder = Recorder(self.config, self.plan, self.folder, resumed, self.world)
-        self._dry_run()
-        if self.step == self.plan.phases[0].start.step:
-            self._validate()
-        while self.step < self.plan.end.step:
-            phase = self.plan.phase_at(self.step)
-            self._enter(phase)
-            with self._loader(phase) as loader:
-                for batches in loader:
-                    values = self._train_step(phase, batches)
-                    self.step += 1
-                    self.recorder.record(self.step, values, loader.waited)
-                    self._watch_compilations()
-                    at_end = self.step == phase.end.step
-                    if self._due(self.config.eval.every, phase) or self.step == self.plan.end.step:
-                        self._validate()
-                    stopping = self._agree_to_stop()
-                    if at_end or stopping or self._due(self.config.checkpoint.every, phase):
-                        self.save(phase)
-                    if stopping and self.step < self.plan.end.step:
-                        self.say(f"stopped at step {self.step} on request; the same command goes on from there")
-                        return "stopped"
+        self.recorder = Recorder(self.config, self.plan, self.folder, resumed, self.world, self.recovery)
+        try:
+            return self._train_all()
+        except RunError:
+            self._join_saver()  # what was sound when it was saved is kept
+            raise
+
+    def _train_all(self) -> str:
+        try:
+            self.learner.rehearse(self.step)
+            self._poll("after the dry run")
+            self._validate_if_due()
+            while self.step < self.plan.end.step:
+                try:
+                    self._train_phase()
+                except GoBack:
+                    self._go_back()
+            self._join_saver()
+        except StopRequest as request:
+            self._stop(str(request))
+            return "stopped"
         return "finished"
 
-    def _train_step(self, phase: PhasePlan, batches: list[Batch]) -> StepValues:
-        """Forward, backward and update for one global batch; nothing here waits for the device."""
-        mesh = self.mesh
-        batches = [batch.to(self.world.device) for batch in batches]
-        inputs = [self.objective.inputs(batch) for batch in batches]
-        # context ranks read the same rows: the first of them speaks for all
-        denominator = torch.stack([part.denominator for part in inputs]).sum() * (mesh.context_rank == 0)
-        dist.all_reduce(denominator, group=mesh.loss_group)
-        divisor = torch.where(denominator == 0, 1.0, denominator)  # a batch without any target has no gradient
-        totals = torch.zeros(1 + 2 * len(self.plan.sources), device=self.world.device)
-        for index, part in enumerate(inputs):
-            synchronize_next_backward(self.decoder, phase.section.parallel, last=index == len(inputs) - 1)
-            sums = forward(self.decoder, self.objective, part, divisor)
-            sums.objective.backward()
-            objective = sums.objective.detach() * divisor
-            totals += torch.cat([objective[None], sums.cross_entropy, sums.tokens])
-        sum_replicated_gradients(self.decoder)
-        gradient_norm = clip_gradients(self.decoder.parameters(), self.config.optimizer.max_gradient_norm)
-        learning_rate = self.plan.learning_rate(self.step)
-        set_learning_rate(self.optimizer, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        dist.all_reduce(totals, group=mesh.loss_group)
-        prints = torch.stack([_batch_fingerprint(batch) for batch in batches]).sum() * (mesh.context_rank == 0)
-        dist.all_reduce(prints, group=mesh.loss_group)
-        return StepValues(phase, learning_rate, totals, denominator, gradient_norm, prints)
+    def _train_phase(self) -> None:
+        """Train to the end of the phase that the run stands in."""
+        phase = self.plan.phase_at(self.step)
+        self._enter(phase)
+        with self.learner.loader(self.step, self.tapes) as loader:
+            for batches in loader:
+                if self.recovery.leaves_out(self.step + 1):
+                    values = self.learner.leave_out(self.step, batches)
+                else:
+                    with self.watchdog.patient("a step that may compile") if self.unsettled_steps else nullcontext():
+                        values = self.learner.train_step(self.step, batches, between=self._poll)
+                self.step += 1
+                self.step_times.add(loader.waited)
+                if self.recorder.record(self.step, values, loader.waited):
+                    self._check_records()
+                    self._compare_ranks()
+                self._watch_compilations()
+                self._validate_if_due()
+                if self.step == phase.end.step or self._due(self.config.checkpoint.every):
+                    self.save()
+                self._poll(f"after step {self.step}")
 
     # --- pieces of the loop ------------------------------------------------------------------------------------
 
     def _enter(self, phase: PhasePlan) -> None:
         """Make the model what this phase needs, and say where the run is."""
-        if (phase.section.parallel, phase.section.activation_checkpoint) != self.layout:
-            # the boundary's checkpoint carries the weights over to the new layout; the old ones go first, so that
-            # there is never room needed for both
-            del self.decoder, self.optimizer
-            self._build_model(phase)
-            self._load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
-        self._set_rope_theta(phase)
+        if not self.learner.fits(phase):
+            self._join_saver()  # the boundary's checkpoint carries the weights over to the new layout
+            self._build(phase)
+            self.learner.load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
+        self.learner.set_rope_theta(phase)
         self.recorder.phase_begins(phase, self.step)
 
-    def _loader(self, phase: PhasePlan) -> Loader:
-        return Loader(
-            phase,
-            self.tapes,
-            first_step=self.step - phase.start.step,
-            rank=self.mesh.data_rank,
-            world=self.mesh.data_size,
-            micro_batch_size=phase.section.batch.micro_batch_size,
-            prefetch=self.config.data.prefetch,
-            pin_memory=self.world.device.type == "cuda",
-        )
+    def _poll(self, what: str) -> None:
+        """Tell the watchdog that the run goes on, and ask all ranks whether one was asked to stop. At the run's end
+        there is nothing to stop: its last validation and checkpoint are made.
 
-    def _agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; ends the run on all ranks if the main rank cannot write its records.
+        Raises:
+            StopRequest: on every rank.
+        """
+        self.watchdog.beat(what)
+        if self.step < self.plan.end.step and (reason := self.stop.agreed(self.world)):
+            raise StopRequest(reason)
+
+    def _stop(self, reason: str) -> None:
+        """Save and say goodbye. A step or validation that was begun is dropped; the next start does it again."""
+        self.learner.drop_step()
+        try:
+            if self.step != self.saved_step:
+                self.save()
+        except GoBack:
+            self.step = self.saved_step  # the next start goes back, and decides again about the bad step
+        self._join_saver()
+        line = f"stopped at step {self.step} on request ({reason}); the same command goes on from there"
+        self._tell("stop", line, step=self.step, reason=reason)
+
+    def _go_back(self) -> None:
+        """Go on from the newest good checkpoint, or, if there is none yet, from where the run began."""
+        self._join_saver()
+        with self.watchdog.patient("going back to a checkpoint"):
+            checkpoint = self._newest_checkpoint()
+            if checkpoint is None:
+                self._build(self.plan.phases[0])
+            self._restore(checkpoint)
+        self.recorder.rewind(self.step)
+        self._tell("went back", f"went back to step {self.step}", step=self.step)
+
+    def _check_records(self) -> None:
+        """End the run on all ranks if the main rank cannot write its records.
 
         Raises:
             RunError: on every rank.
         """
-        stop = self.stop.requested or (self.world.is_main and (self.folder / STOP_FILE).exists())
-        asked = self.world.agree(2 if self.recorder.failure else int(stop))
-        if asked == 2:
+        if self.world.agree(int(self.recorder.failure is not None)):
             reason = [self.recorder.failure]  # the same words on all ranks, whichever writes them down last
             dist.broadcast_object_list(reason, src=0, group=self.world.host)
             raise RunError(str(reason[0]))
-        return asked == 1
 
-    def _due(self, every: Duration | None, phase: PhasePlan) -> bool:
+    def _compare_ranks(self) -> None:
+        """Name ranks that are slower than the others, now and then."""
+        if self.step % (_COMPARE_EVERY * self.config.monitor.log_every) == 0 and (line := self.step_times.report()):
+            self._tell("slow rank", f"WARNING: step {self.step}: {line}", step=self.step)
+
+    def _due(self, every: Duration | None) -> bool:
+        """Whether something that happens `every` so often happens after the last step."""
+        phase = self._last_phase()
         return every is not None and (self.step - phase.start.step) % phase.steps_in(every) == 0
 
-    def _dry_run(self) -> None:
-        """Forward and backward on made-up rows in the shape of every phase to come, so that an error of memory or
-        shape comes now and not in the middle of the run."""
-        shapes = {
-            (phase.section.batch.micro_batch_size, phase.sequence_length)
-            for phase in self.plan.phases
-            if phase.end.step > self.step
-        }
-        begin = time.perf_counter()
-        for rows, length in sorted(shapes):
-            part = self.objective.inputs(_made_up_batch(rows, length, self.world.device))
-            try:
-                forward(self.decoder, self.objective, part, part.denominator).objective.backward()
-            except torch.OutOfMemoryError as error:
-                raise RunError(
-                    f"batch.micro_batch_size: {rows} rows of {length} tokens do not fit into the memory of "
-                    f"{self.world.device}; lower it (it changes speed, not results)"
-                ) from error
-            self.optimizer.zero_grad()
-        self.say(f"dry run of {len(shapes)} batch shape(s): {time.perf_counter() - begin:.1f} s")
+    def _last_phase(self) -> PhasePlan:
+        """The phase of the last step."""
+        return self.plan.phase_at(max(self.step - 1, self.plan.phases[0].start.step))
 
-    def _validate(self) -> None:
-        if self.held_out.batch_rows:
-            micro_batch_size = self.plan.phases[0].section.batch.micro_batch_size
-            sums, tokens = validation_loss(
-                self.decoder,
-                self.objective,
-                self.held_out,
-                self.held_out_tapes,
-                micro_batch_size,
-                self.mesh,
-                self.world.device,
-            )
-            reshard(self.decoder)
+    def _validate_if_due(self) -> None:
+        """Also when a request to stop has cut off the validation before this start."""
+        first, last = self.plan.phases[0].start.step, self.plan.end.step
+        due = self.step in (first, last) or self._due(self.config.eval.every)
+        if not due or not self.held_out.batch_rows:
+            return
+        self.recorder.flush()
+        if self.world.agree(int(self.recorder.has_validation(self.step))):
+            return
+        with self.watchdog.patient("validation"):
+            sums, tokens = self.learner.validate(self.held_out, self.held_out_tapes, between=self._poll)
             self.recorder.validation(self.step, sums, tokens)
-            self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
+        self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
 
     def _watch_compilations(self) -> None:
         """Say what was compiled when it was to be expected, and complain when it was not."""
         if self.unsettled_steps:
             self.unsettled_steps -= 1
-            if not self.unsettled_steps and (line := self.compilations.settle()):
-                self.say(line)
+            if not self.unsettled_steps:
+                self.watchdog.settle()
+                if line := self.compilations.settle():
+                    self.say(line)
             return
         for line in self.compilations.recompiled():
             print(f"WARNING: step {self.step}, rank {self.world.rank}: {line}")
 
-    def save(self, phase: PhasePlan) -> None:
-        """Write what is recorded, check that it is sound, then write a checkpoint."""
+    def save(self) -> None:
+        """Write what is recorded, check that it is sound, then write a checkpoint (or begin to)."""
         self.recorder.sync()
-        self._agree_to_stop()  # a line that could not be written must not lie behind a checkpoint
+        self._check_records()  # a line that could not be written must not lie behind a checkpoint
+        phase = self._last_phase()
         position = self.plan.position(self.step)
         tapes = phase.tapes(position.row - phase.start.row)
         first = self.plan.phases[0]
@@ -325,11 +331,16 @@ class Trainer:
             tokenizer=self.tokenizer.fingerprint,
             versions={"torch": torch.__version__, "python": platform.python_version()},
             origin={**asdict(first.start), "tapes": dict(zip(self.plan.sources, first.tape_start, strict=True))},
+            skipped=self.recovery.skipped,
         )
-        text = configuration.to_toml(self.config)
-        folder = self.folder / "checkpoints"
-        store.save(folder, self._tensors(), state, text, self.world, self.config.checkpoint.keep)
+        with self.watchdog.patient(f"saving step {self.step}"):
+            self.saver.save(self.learner.tensors(), state, configuration.to_toml(self.config))
+        self.saved_step = self.step
         self.recorder.pause_ends()
+
+    def _join_saver(self) -> None:
+        with self.watchdog.patient("writing a checkpoint"):
+            self.saver.join()
 
     def _source_fingerprints(self) -> dict[str, str]:
         return {name: source.fingerprint for name, source in zip(self.plan.sources, self.sources, strict=True)}
@@ -338,7 +349,7 @@ class Trainer:
         """The sampled continuation of a finished run, the last words, and the record's end."""
         if outcome == "finished" and self.config.eval.prompt:
             ids = generate(
-                self.decoder,
+                self.learner.decoder,
                 self.tokenizer.encode(self.config.eval.prompt),
                 new_tokens=self.config.eval.new_tokens,
                 eos_id=self.tokenizer.eos_id,
@@ -364,49 +375,19 @@ def train(config: RunConfig, allow_changes: Collection[str] = ()) -> str:
     """
     alone = not dist.is_initialized()
     world = process.start()
-    with StopSignals() as stop:
-        trainer = Trainer(config, world, stop, allow_changes)
-        outcome = trainer.run()
-        trainer.close(outcome)
+    folder = run_folder(config)
+    watchdog = Watchdog(folder, world.rank, config.recovery.first_step_timeout, config.recovery.step_timeout)
+    with StopRequests(folder, config.run.time_limit) as stop:
+        watchdog.start()
+        try:
+            trainer = Trainer(config, world, stop, watchdog, allow_changes)
+            outcome = trainer.run()
+            trainer.close(outcome)
+        finally:
+            watchdog.stop()
     if alone:
         process.leave()
     return outcome
-
-
-class StopSignals:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that the loop reads at the next step boundary."""
-
-    def __init__(self) -> None:
-        self.requested = 0
-
-    def __enter__(self) -> StopSignals:
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._request) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = 1
-
-
-def _batch_fingerprint(batch: Batch) -> torch.Tensor:
-    """() int64: sum of the fingerprints of the real rows, mod 2^64, from the tokens as the model is fed them."""
-    return (fingerprint(batch.tokens) * (batch.weight > 0)).sum()
-
-
-def _made_up_batch(rows: int, length: int, device: torch.device) -> Batch:
-    size = (rows, length + 1)
-    return Batch(
-        tokens=torch.zeros(size, dtype=torch.int64),
-        document_ids=torch.zeros(size, dtype=torch.int64),
-        loss_mask=torch.ones(size, dtype=torch.bool),
-        source=torch.zeros(rows, dtype=torch.int64),
-        position=torch.zeros(rows, dtype=torch.int64),
-        weight=torch.ones(rows),
-    ).to(device)
 
 
 def _silent(*_: object) -> None:

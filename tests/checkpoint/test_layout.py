@@ -11,7 +11,7 @@ import pytest
 from tests.checkpoint.making import make_checkpoint, make_state
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint
-from titan_yulan.errors import RunError
+from titan_yulan.errors import RunError, UserError
 
 
 def steps(folder: Path) -> list[int]:
@@ -120,6 +120,53 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], message
     assert layout.find_damage(made, others) == [] != layout.find_damage(made, [name])
 
 
+def make_large(folder: Path, step: int, files: int) -> Checkpoint:
+    """A checkpoint with an index and many files of tensors, of 10 bytes each."""
+    path = layout.step_folder(folder, step)
+    path.mkdir(parents=True)
+    entries = {}
+    for name in [".metadata", *(f"__{rank}_0.distcp" for rank in range(files))]:
+        (path / name).write_bytes(name.encode()[:10].ljust(10))
+        entries[name] = {"size": 10, "sha256": layout.hash_file(path / name)}
+    layout.commit(path, entries, make_state(step), "")
+    return Checkpoint(path, step)
+
+
+STEERING = {".metadata", "state.json", "config.toml"}
+
+
+@pytest.mark.parametrize(("files", "drawn"), [(1, 1), (8, 1), (9, 2), (64, 8)])
+def test_a_sample_is_one_file_in_eight_and_always_what_steers_the_reading(
+    tmp_path: Path, files: int, drawn: int
+) -> None:
+    made = make_large(tmp_path, 1, files)
+    sample = layout.hashed_files(made, "sample")
+    assert sample > STEERING and len(sample - STEERING) == drawn
+    assert layout.hashed_files(made, "size") == STEERING
+    assert layout.hashed_files(made, "full") == set(made.manifest())
+
+
+def test_a_sample_is_that_of_the_checkpoint_s_name_wherever_it_lies(tmp_path: Path) -> None:
+    samples = [layout.hashed_files(make_large(tmp_path / "a", step, 64), "sample") for step in (1, 2)]
+    assert samples[0] != samples[1]
+    assert layout.hashed_files(make_large(tmp_path / "b", 1, 64), "sample") == samples[0]
+
+
+def test_what_is_not_hashed_is_still_measured(tmp_path: Path) -> None:
+    made = make_large(tmp_path, 1, 9)
+    left_out = made.path / min(set(made.manifest()) - layout.hashed_files(made, "sample"))
+    damage_flipped(left_out)
+    for verify, problems in (("full", 1), ("sample", 0), ("size", 0)):
+        assert len(layout.find_damage(made, hashed=layout.hashed_files(made, verify))) == problems
+    damage_truncated(left_out)
+    for name in (".metadata", "state.json"):
+        damage_flipped(made.path / name)
+    for verify in ("full", "sample", "size"):
+        found = layout.find_damage(made, hashed=layout.hashed_files(made, verify))
+        assert any("9 bytes instead of 10" in line for line in found)
+        assert sum("SHA-256 differs" in line for line in found) == 2
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
 def test_a_damaged_manifest_is_damage(tmp_path: Path, text: str) -> None:
     made = make_checkpoint(tmp_path, 1)
@@ -146,6 +193,18 @@ def test_open_takes_a_step_folder_a_run_folder_or_the_folder_of_checkpoints(tmp_
 def test_open_refuses_what_holds_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no complete checkpoint"):
         layout.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/run", "gs://bucket/run", "hdfs://host/run"])
+def test_an_address_of_an_object_store_is_refused_with_the_remedy(path: str) -> None:
+    scheme = path.split(":")[0]
+    with pytest.raises(UserError, match=rf"{scheme}:// addresses are not supported.*mounted file system.*aws s3 sync"):
+        layout.open_checkpoint(Path(path))
+
+
+def test_a_name_with_a_colon_is_no_address(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path / "s3:bucket" / "checkpoints", 1)
+    assert layout.open_checkpoint(tmp_path / "s3:bucket") == made
 
 
 def test_prune_keeps_the_newest_and_every_end_of_a_phase(tmp_path: Path) -> None:

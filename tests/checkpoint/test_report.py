@@ -1,4 +1,4 @@
-"""What `titan-yulan checkpoint list` and `verify` say."""
+"""What `titan-yulan checkpoint list`, `verify` and `prune` say and do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.making import make_checkpoint
-from titan_yulan.checkpoint.report import list_checkpoints, verify_checkpoints
+from titan_yulan import cli
+from titan_yulan.checkpoint.layout import find_checkpoints
+from titan_yulan.checkpoint.report import list_checkpoints, prune_checkpoints, verify_checkpoints
 from titan_yulan.errors import RunError
 
 
@@ -40,3 +42,47 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path: Path) -> None:
     for report in (list_checkpoints, verify_checkpoints):
         with pytest.raises(RunError, match="holds no complete checkpoint"):
             report(tmp_path)
+
+
+def steps(folder: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in find_checkpoints(folder / "checkpoints")]
+
+
+def test_prune_deletes_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in range(1, 6):
+        make_checkpoint(tmp_path / "checkpoints", step, phase_finished=step == 2)
+    for options, verb, left in (([], "would be deleted", [1, 2, 3, 4, 5]), (["--yes"], "deleted", [2, 4, 5])):
+        assert cli.main(["checkpoint", "prune", str(tmp_path), "--keep", "2", *options]) == 0
+        said = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+        assert said == [verb, "kept, end of phase 'a'", verb, "kept, sound", "kept, sound"]
+        assert steps(tmp_path) == left
+
+
+def test_prune_counts_only_sound_checkpoints(tmp_path: Path) -> None:
+    """Else the last one that can be loaded would go, and a damaged one stay in its place."""
+    made = [make_checkpoint(tmp_path / "checkpoints", step) for step in range(1, 6)]
+    (made[4].path / "__0_0.distcp").write_bytes(bytes(1000))
+    (made[3].path / "manifest.json").write_text("{")
+    (made[0].path / "state.json").write_text("{")
+    lines = prune_checkpoints(tmp_path, keep=1, delete=True)
+    assert [line.split(": ")[1] for line in lines] == [
+        "kept, damaged",
+        "deleted",
+        "kept, sound",
+        "kept, damaged",
+        "kept, damaged",
+    ]
+    assert steps(tmp_path) == [1, 3, 4, 5]
+
+
+def test_prune_keeps_at_least_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint(tmp_path / "checkpoints", 1)
+    assert cli.main(["checkpoint", "prune", str(tmp_path), "--keep", "0", "--yes"]) == 2
+    assert "--keep 0: at least 1" in capsys.readouterr().err
+    assert steps(tmp_path) == [1]
+
+
+def test_checkpoint_verbs_refuse_addresses(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["list"], ["verify"], ["prune", "--keep", "1"], ["diff", "s3://bucket/other"]):
+        assert cli.main(["checkpoint", arguments[0], "s3://bucket/run", *arguments[1:]]) == 2
+        assert "s3:// addresses are not supported" in capsys.readouterr().err

@@ -264,6 +264,16 @@ def test_the_run_folder_is_the_name_in_the_output_folder() -> None:
     assert run_folder(three_phases()) == Path("outputs/test")
 
 
+@pytest.mark.parametrize("path", ["s3://bucket/runs", "gs://bucket", "hdfs://host:9000/runs"])
+def test_a_run_in_an_object_store_is_refused_by_the_key(path: str) -> None:
+    config = three_phases()
+    with pytest.raises(UserError, match=r"run\.output_dir: .*:// addresses are not supported"):
+        run_folder(replace(config, run=replace(config.run, output_dir=path)))
+    config = configuration(replace(PHASES[0], start_from=path))
+    with pytest.raises(UserError, match=r"phase\.start_from: .*:// addresses are not supported"):
+        make_plan(config, None)
+
+
 PRINTS = {"code": "fingerprint of code", "math": "fingerprint of math"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,15 +28,14 @@ from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data import hashing
 from titan_yulan.data.loader import Loader
 from titan_yulan.data.tape import Tape, TapeSlice
+from titan_yulan.learner import Learner
 from titan_yulan.objective.forward import forward
-from titan_yulan.objective.next_token import NextToken
-from titan_yulan.optimizer.adamw import build_adamw, optimizer_state
-from titan_yulan.parallel.degrees import Degrees, resolve_degrees
+from titan_yulan.optimizer.adamw import optimizer_state
+from titan_yulan.parallel.degrees import resolve_degrees
 from titan_yulan.parallel.fsdp import ShardedDecoder, sum_replicated_gradients
 from titan_yulan.parallel.mesh import build_mesh
 from titan_yulan.parallel.parallelize import build_decoder
 from titan_yulan.parallel.process import World
-from titan_yulan.train import Trainer
 
 # No size divides by 2 or 3, and of the keys' 4 rows the third of three ranks gets none.
 MODEL = ModelConfig(
@@ -71,8 +71,11 @@ TAPES = cast(Sequence[Tape], [HashedTape(0), HashedTape(1)])
 
 
 def run_config() -> RunConfig:
-    section = phase("a", f"{STEPS} steps", {"x": 0.6, "y": 0.4}, sequence_length=LENGTH, batch=BATCH_ROWS)
-    return configuration(section, optimizer=OPTIMIZER, objective=ObjectiveSection(z_loss=0.01))
+    section = phase(
+        "a", f"{STEPS} steps", {"x": 0.6, "y": 0.4}, sequence_length=LENGTH, batch=BATCH_ROWS, parallel=PARALLEL
+    )
+    config = configuration(section, optimizer=OPTIMIZER, objective=ObjectiveSection(z_loss=0.01))
+    return replace(config, model=MODEL)
 
 
 def make_decoder(section: ParallelSection, world: World, seed: int) -> ShardedDecoder:
@@ -81,16 +84,13 @@ def make_decoder(section: ParallelSection, world: World, seed: int) -> ShardedDe
     return build_decoder(MODEL, section, mesh, seed, world.device, *plain)
 
 
-def make_trainer(world: World, seed: int) -> Trainer:
-    """A trainer without files: what its step needs."""
+def make_learner(world: World, seed: int) -> Learner:
+    """`seed` is that of the weights; the rows stay the same."""
     config = run_config()
-    trainer = object.__new__(Trainer)
-    trainer.config, trainer.world, trainer.plan, trainer.step = config, world, Plan(config), 0
-    trainer.objective = NextToken(config.objective, 2)
-    trainer.mesh = build_mesh(Degrees(1, world.size, 1, 1), "cpu")
-    trainer.decoder = make_decoder(PARALLEL, world, seed)
-    trainer.optimizer = build_adamw(trainer.decoder, MODEL, OPTIMIZER)
-    return trainer
+    weights = replace(config, run=replace(config.run, seed=seed))
+    learner = Learner(weights, Plan(config), world, "auto", lambda line: None)
+    learner.build(learner.plan.phases[0])
+    return learner
 
 
 def full(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,35 +102,64 @@ def parameters(decoder: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in decoder.named_parameters()}
 
 
-def steps_from(trainer: Trainer, first: int, world: World):
+def steps_from(learner: Learner, first: int, world: World):
     options = {"first_step": first, "rank": world.rank, "world": world.size, "prefetch": 2}
-    return Loader(trainer.plan.phases[0], TAPES, micro_batch_size=MICRO_BATCH, **options)
+    return Loader(learner.plan.phases[0], TAPES, micro_batch_size=MICRO_BATCH, **options)
 
 
-def gradients(trainer: Trainer, world: World) -> dict[str, Tensor]:
+def gradients(learner: Learner, world: World) -> dict[str, Tensor]:
     """Of the first global batch, before clipping."""
-    with steps_from(trainer, 0, world) as loader:
-        inputs = [trainer.objective.inputs(batch) for batch in next(loader)]
+    with steps_from(learner, 0, world) as loader:
+        inputs = [learner.objective.inputs(batch) for batch in next(loader)]
     denominator = torch.stack([part.denominator for part in inputs]).sum()
     torch.distributed.all_reduce(denominator)
     for part in inputs:
-        forward(trainer.decoder, trainer.objective, part, denominator).objective.backward()
-    sum_replicated_gradients(trainer.decoder)
-    found = full({n: p.grad for n, p in trainer.decoder.named_parameters() if p.grad is not None})
-    trainer.optimizer.zero_grad()
+        forward(learner.decoder, learner.objective, part, denominator).objective.backward()
+    sum_replicated_gradients(learner.decoder)
+    found = full({n: p.grad for n, p in learner.decoder.named_parameters() if p.grad is not None})
+    learner.optimizer.zero_grad()
     return found
 
 
-def train(trainer: Trainer, first: int, world: World) -> list[tuple[float, float, list[float], int]]:
+def train(learner: Learner, first: int, world: World) -> list[tuple[float, float, list[float], int]]:
     """(loss, gradient norm, sums by source, fingerprint) of every step."""
     recorded = []
-    with steps_from(trainer, first, world) as loader:
-        for batches in loader:
-            values = trainer._train_step(trainer.plan.phases[0], batches)
-            trainer.step += 1
+    with steps_from(learner, first, world) as loader:
+        for step, batches in enumerate(loader, first):
+            values = learner.train_step(step, batches)
             loss = float(values.totals[0] / values.denominator)
             recorded.append((loss, float(values.gradient_norm), values.totals[1:].tolist(), int(values.fingerprint)))
     return recorded
+
+
+def everything(learner: Learner) -> dict[str, Tensor]:
+    return {f"{part}.{n}": t for part, tensors in learner.tensors().items() for n, t in full(tensors).items()}
+
+
+def refused(learner: Learner, world: World) -> dict[str, Any]:
+    """What two bad steps change: NaN gradients on the last rank, then a loss alone that is not a number; and what a
+    good step changes afterwards."""
+    with steps_from(learner, 0, world) as loader:
+        batches = next(loader)
+    loss, before = learner.objective.loss, everything(learner)
+    found: dict[str, Any] = {"verdicts": [], "changed": []}
+    for part in ("objective", "loss alone", "nothing"):
+
+        def spoiled(*arguments: Any, part: str = part, **named: Any) -> Any:
+            sums = loss(*arguments, **named)
+            if world.rank < world.size - 1 or part == "nothing":
+                return sums
+            # adding NaN to a value that gradients do not pass leaves them sound
+            objective = sums.objective * torch.nan if part == "objective" else sums.objective + torch.nan
+            return sums._replace(objective=objective)
+
+        learner.objective.loss = spoiled  # type: ignore[method-assign]
+        values = learner.train_step(0, batches)
+        found["verdicts"].append((int(values.verdict), bool(values.gradient_norm.isfinite())))
+        found["changed"].append([name for name, t in everything(learner).items() if not torch.equal(t, before[name])])
+    learner.objective.loss = loss  # type: ignore[method-assign]
+    found["all"] = sorted(before)
+    return found
 
 
 def state_of(step: int, phase_finished: bool = False) -> TrainerState:
@@ -151,22 +180,22 @@ def state_of(step: int, phase_finished: bool = False) -> TrainerState:
 def training(world: World, folder: Path) -> dict[str, Any]:
     """Gradients, steps, and the checkpoint that two ranks write and any number reads."""
     agreed = [world.agree(value) for value in (0, world.rank, 3 * (world.rank == 0))]
-    trainer = make_trainer(world, seed=3)
+    learner = make_learner(world, seed=3)
     found: dict[str, Any] = {"rank": world.rank, "agreed": agreed, "bfloat16": bfloat16(world)}
-    found["initial"] = full(parameters(trainer.decoder))
-    found["gradients"] = gradients(trainer, world)
-    found["steps"] = train(trainer, 0, world)
-    replicated = {n: p for n, p in trainer.decoder.named_parameters() if not isinstance(p, DTensor)}
+    found["initial"] = full(parameters(learner.decoder))
+    found["gradients"] = gradients(learner, world)
+    found["steps"] = train(learner, 0, world)
+    replicated = {n: p for n, p in learner.decoder.named_parameters() if not isinstance(p, DTensor)}
     found["replicated"] = {name: parameter.detach().clone() for name, parameter in replicated.items()}
-    found["trained"] = full(trainer._tensors()["model"]) | full(optimizer_state(trainer.decoder, trainer.optimizer))
+    found["trained"] = full(learner.tensors()["model"]) | full(optimizer_state(learner.decoder, learner.optimizer))
     if world.size == 2:
-        store.save(folder, trainer._tensors(), state_of(STEPS), "", world, keep=3)
-    other = make_trainer(world, seed=4)
-    store.load(open_checkpoint(folder), other._tensors(), world.host)
-    found["loaded"] = full(other._tensors()["model"]) | full(optimizer_state(other.decoder, other.optimizer))
+        store.save(folder, learner.tensors(), state_of(STEPS), "", world, keep=3)
+    other = make_learner(world, seed=4)
+    store.load(open_checkpoint(folder), other.tensors(), world.host)
+    found["loaded"] = full(other.tensors()["model"]) | full(optimizer_state(other.decoder, other.optimizer))
+    found["refused"] = refused(make_learner(world, seed=5), world)
     if world.size == 2:
-        other.step = trainer.step
-        found["continued"] = [train(t, 0, world) for t in (trainer, other)]
+        found["continued"] = [train(t, 0, world) for t in (learner, other)]
     return found
 
 

@@ -39,11 +39,11 @@ from titan_yulan.config.sections import (
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data import hashing
 from titan_yulan.data.tape import Tape, TapeSlice
+from titan_yulan.learner import Learner
 from titan_yulan.model.sharding import local
 from titan_yulan.parallel.compile import CompileWatch
 from titan_yulan.parallel.parallelize import part_of
 from titan_yulan.parallel.process import World
-from titan_yulan.train import Trainer
 
 VOCABULARY, LENGTH, BATCH_ROWS, MICRO_BATCH, STEPS = 250, 28, 7, 2, 10
 MODEL = ModelConfig(
@@ -164,45 +164,41 @@ def run_config(case: Case) -> RunConfig:
     return replace(config, model=GROUPED if case.grouped else MODEL)
 
 
-def make_trainer(case: Case, world: World, seed: int = 7) -> Trainer:
-    """A trainer without files: what its step needs."""
+def make_learner(case: Case, world: World, seed: int = 7) -> Learner:
     config = run_config(case)
     config = replace(config, run=replace(config.run, seed=seed))
-    trainer = object.__new__(Trainer)
-    trainer.config, trainer.world, trainer.plan, trainer.step = config, world, Plan(config), 0
-    trainer.say, trainer.kernels, trainer.compilations = lambda *_: None, "auto", CompileWatch()
-    trainer.tapes = list(TAPES)
-    trainer._build_model(trainer.plan.phases[0])
-    return trainer
+    learner = Learner(config, Plan(config), world, "auto", lambda line: None)
+    learner.build(learner.plan.phases[0])
+    return learner
 
 
 def run_case(case: Case, world: World, folder: Path) -> dict[str, Any]:
     """Ten steps: loss, gradient norm, fingerprint and sums by source of each, and a checkpoint."""
     begin = time.perf_counter()
     torch.compiler.reset()
-    trainer = make_trainer(case, world)
+    learner = make_learner(case, world)
+    compilations = CompileWatch()
     steps, late = [], []
-    with trainer._loader(trainer.plan.phases[0]) as loader:
-        for batches in loader:
-            values = trainer._train_step(trainer.plan.phases[0], batches)
-            trainer.step += 1
+    with learner.loader(0, TAPES) as loader:
+        for step, batches in enumerate(loader):
+            values = learner.train_step(step, batches)
             loss = float(values.totals[0] / values.denominator)
             steps.append((loss, float(values.gradient_norm), int(values.fingerprint), values.totals[1:].tolist()))
-            if trainer.step == 2:
-                trainer.compilations.settle()
-            elif trainer.step > 2:
-                late += trainer.compilations.recompiled()
+            if step == 1:
+                compilations.settle()
+            elif step > 1:
+                late += compilations.recompiled()
     found = {"steps": steps, "seconds": time.perf_counter() - begin, "recompiled": late}
     if case.keeps:
-        store.save(folder / case.layout, trainer._tensors(), state_of(STEPS), "", world, keep=9)
+        store.save(folder / case.layout, learner.tensors(), state_of(STEPS), "", world, keep=9)
         dist.barrier()
-        found["differs"] = differences(trainer, open_checkpoint(folder / case.layout))
+        found["differs"] = differences(learner, open_checkpoint(folder / case.layout))
     return found
 
 
-def differences(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
+def differences(learner: Learner, checkpoint: Checkpoint) -> list[str]:
     """Names of this rank's tensors that are not their part of what the checkpoint holds, read by one process."""
-    tensors = trainer._tensors()
+    tensors = learner.tensors()
     wholes = {
         section: {name: torch.full(tensor.shape, torch.nan) for name, tensor in content.items()}
         for section, content in tensors.items()
@@ -224,12 +220,12 @@ def exchange(world: World, rows: list[Case], written: list[Case], folder: Path) 
     """(layout that reads, layout that wrote, tensors that differ) for every pair of the same model."""
     found = []
     for case in rows:
-        trainer = make_trainer(case, world, seed=8)
+        learner = make_learner(case, world, seed=8)
         for other in written:
             if other.grouped == case.grouped and other.layout != case.layout:
                 checkpoint = open_checkpoint(folder / other.layout)
-                store.load(checkpoint, trainer._tensors(), world.host)
-                found.append((case.layout, other.layout, differences(trainer, checkpoint)))
+                store.load(checkpoint, learner.tensors(), world.host)
+                found.append((case.layout, other.layout, differences(learner, checkpoint)))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import resource
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.distributed.bodies import full, state_of
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.layout import MANIFEST, find_checkpoints, find_damage, step_folder
+from titan_yulan.checkpoint.layout import INDEX, MANIFEST, Checkpoint, find_checkpoints, find_damage, step_folder
 from titan_yulan.errors import RunError
 from titan_yulan.parallel.degrees import Degrees
 from titan_yulan.parallel.mesh import build_mesh
@@ -70,6 +72,8 @@ def protocol(world: World, folder: Path) -> dict[str, Any]:
     lines: list[str] = []
     chosen = store.newest_good(folder, world, lines.append)
     found["chosen"] = (chosen.step if chosen else None, lines)
+    by_size = store.newest_good(folder, world, print, verify="size")
+    found["chosen by size"] = by_size.step if by_size else None
     # the run goes on from step 2, with checkpoints of later steps in the way that cannot be read
     save(world, folder, 3, keep=1)
     dist.barrier()
@@ -84,12 +88,38 @@ def protocol(world: World, folder: Path) -> dict[str, Any]:
     store.load(chosen, loaded, world.host)
     found["loaded"] = full(loaded["model"]), full(make_tensors(world, chosen.step)["model"])
     found["wrong"] = _messages(world, chosen)
+    found["planted"] = _planted(world, chosen, folder / "planted")
     empty = folder / "nothing"
     found["nothing"] = store.newest_good(empty, world, lines.append)
     return found
 
 
-def _messages(world: World, checkpoint: Any) -> list[str]:
+class Planted:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.path,)
+
+
+def _planted(world: World, checkpoint: Checkpoint, mark: Path) -> tuple[str, bool]:
+    """What loading says of an index that somebody has replaced, and whether that index was unpickled."""
+    dist.barrier()
+    if world.is_main:
+        (checkpoint.path / INDEX).write_bytes(pickle.dumps(Planted(mark)))
+    dist.barrier()
+    message = "loaded"
+    try:
+        store.load(checkpoint, make_tensors(world, 0), world.host)
+    except RunError as error:
+        message = str(error)
+    dist.barrier()
+    return message, mark.exists()
+
+
+def _messages(world: World, checkpoint: Checkpoint) -> list[str]:
     """What loading into another model says."""
     messages = []
     for tensors in ({"w": torch.zeros(7)}, {"other": torch.zeros(1)}):

@@ -32,6 +32,17 @@ def test_damaged_checkpoints_are_named_and_passed_over(saved: Saved) -> None:
         assert "step-00000003" in lines[1] and "manifest.json cannot be read" in lines[1]
 
 
+def test_sizes_alone_do_not_find_a_flipped_bit_and_the_ranks_agree(saved: Saved) -> None:
+    assert [rank["chosen by size"] for rank in saved] == [4, 4]
+
+
+def test_an_index_that_is_not_the_manifest_s_is_never_unpickled(saved: Saved) -> None:
+    for rank in saved:
+        message, unpickled = rank["planted"]
+        assert ".metadata is damaged (its SHA-256 differs" in message
+        assert not unpickled
+
+
 def test_a_step_whose_checkpoint_is_damaged_is_saved_anew(saved: Saved) -> None:
     """Else the run would go back to the checkpoint before at every start."""
     assert dict(saved[0]["after 4"]) == {3: False, 4: False}

@@ -16,6 +16,7 @@ from titan_yulan.data.loader import Batch, read_rows
 from titan_yulan.model import Decoder
 from titan_yulan.model.initialise import initialise
 from titan_yulan.optimizer.groups import assign, group_table
+from titan_yulan.optimizer.guard import FINE, NOT_FINITE
 
 WORLDS = (1, 2, 3)
 Found = dict[int, list[dict[str, Any]]]
@@ -137,6 +138,15 @@ def test_training_goes_on_bitwise_from_a_checkpoint(trained: Found) -> None:
     for rank in trained[2]:
         through, resumed = rank["continued"]
         assert through == resumed and through != rank["steps"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_step_that_is_not_finite_on_one_rank_changes_no_bit_on_any(trained: Found, world: int) -> None:
+    for rank in trained[world]:
+        found = rank["refused"]
+        assert found["verdicts"] == [(NOT_FINITE, False), (NOT_FINITE, True), (FINE, True)]
+        assert found["changed"][:2] == [[], []]
+        assert sorted(found["changed"][2]) == found["all"]  # weights, moments, step counts, window
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from tests.curriculum.making import configuration, phase
-from titan_yulan.config.sections import MonitorSection
+from titan_yulan.config.sections import MonitorSection, RecoverySection
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.errors import RunError
 from titan_yulan.monitor.metrics import read_lines
 from titan_yulan.monitor.recorder import Recorder, StepValues
+from titan_yulan.monitor.recovery import Recovery
+from titan_yulan.optimizer.guard import FINE, NOT_FINITE
 from titan_yulan.parallel.process import World
 
 MONITOR = MonitorSection(log_every=4, tensorboard=False)
@@ -25,13 +27,16 @@ PLAN = Plan(CONFIG)
 
 def make(folder: Path, rank: int = 0, step: int | None = None) -> Recorder:
     world = World(rank, 2, torch.device("cpu"), cast(Any, None))
-    return Recorder(CONFIG, PLAN, folder, step, world)
+    return Recorder(CONFIG, PLAN, folder, step, world, Recovery(RecoverySection(), PLAN, folder, rank == 0))
 
 
 def values(scale: float = 1.0, norm: float = 0.5, tokens: tuple[float, float] = (96, 32)) -> StepValues:
     totals = torch.tensor([scale * 300.0, 192.0, 96.0, *tokens])
     denominator = torch.tensor(sum(tokens), dtype=torch.float32)
-    return StepValues(PLAN.phases[0], 0.01, totals, denominator, torch.tensor(norm), torch.tensor(-1))
+    verdict = float(NOT_FINITE if not math.isfinite(scale + norm) else FINE)
+    return StepValues(
+        PLAN.phases[0], 0.01, totals, denominator, torch.tensor(norm), torch.tensor(-1), torch.tensor(verdict)
+    )
 
 
 def test_a_line_holds_the_means_over_the_global_batch(tmp_path: Path) -> None:
@@ -135,6 +140,21 @@ def test_a_resumed_run_drops_the_lines_that_come_again(tmp_path: Path) -> None:
     resumed.flush()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert read_lines(tmp_path / "validation.jsonl") == []
+
+
+def test_going_back_drops_what_comes_again(tmp_path: Path) -> None:
+    recorder = make(tmp_path)
+    for step in range(1, 8):
+        recorder.record(step, values(), 0.0)
+        if step in (3, 6):
+            recorder.validation(step, torch.tensor([8.0, 4.0]), torch.tensor([2.0, 2.0]))
+    recorder.rewind(5)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [recorder.has_validation(step) for step in (3, 6)] == [True, False]
+    recorder.record(6, values(2.0), 0.0)
+    recorder.flush()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["loss"] == 600 / 128
 
 
 def test_a_full_disk_is_kept_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.sections import OptimizerSection
 from titan_yulan.model import Decoder
-from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate
+from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate, step_unless
 
 MODEL = ModelConfig(
     vocab_size=11,
@@ -86,6 +86,26 @@ def test_learning_rate_is_set_by_group() -> None:
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in decoder.named_parameters():
         assert rates[id(parameter)] == 0.004 * multiplier_and_decay(name)[0]
+
+
+@pytest.mark.parametrize("gradient", [1.0, math.nan, math.inf])
+def test_a_refused_step_leaves_every_bit_and_the_next_is_as_if_it_had_not_been(gradient: float) -> None:
+    made = [make()[0] for _ in range(2)]
+    optimizers = [build_adamw(decoder, MODEL, SECTION) for decoder in made]
+
+    def step(which: int, value: float, refused: float) -> dict[str, Tensor]:
+        for parameter in made[which].parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        step_unless(optimizers[which], torch.tensor(refused))
+        state = dict(made[which].named_parameters()) | optimizer_state(made[which], optimizers[which])
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    before, same = step(0, 0.5, 0.0), step(1, 0.5, 0.0)
+    after = step(0, gradient, 1.0)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    ahead, expected = step(0, -0.25, 0.0), step(1, -0.25, 0.0)
+    assert all(torch.equal(ahead[name], tensor) for name, tensor in expected.items())
+    assert not any(torch.equal(expected[name], tensor) for name, tensor in same.items())
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:

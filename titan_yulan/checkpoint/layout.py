@@ -14,18 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titan_yulan.errors import RunError
+from titan_yulan.config.paths import refuse_address
+from titan_yulan.errors import RunError, UserError
 
 MANIFEST = "manifest.json"
+INDEX = ".metadata"
 STATE = "state.json"
 CONFIG = "config.toml"
+
+# Of so many files of tensors, verify = "sample" reads one.
+_SAMPLED = 8
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in `path`: a step folder, or a run folder (then its newest).
 
     Raises:
+        UserError: `path` is an address of an object store.
         RunError: there is no complete checkpoint.
     """
+    if refusal := refuse_address(path):
+        raise UserError(f"{path}: {refusal}")
     if (path / MANIFEST).is_file() and path.name.startswith("step-"):
         return Checkpoint(path, int(path.name.removeprefix("step-")))
     for folder in (path, path / "checkpoints"):
@@ -112,19 +121,27 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_damage(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with a checkpoint's files (or only those named): one line each, empty if all is well."""
+def find_damage(
+    checkpoint: Checkpoint, names: Iterable[str] | None = None, hashed: Collection[str] | None = None
+) -> list[str]:
+    """What is wrong with a checkpoint's files: one line each, empty if all is well.
+
+    Args:
+        names: the files to look at; None: all.
+        hashed: those of them whose every byte is compared, not the size alone; None: all.
+    """
     try:
         files = checkpoint.manifest()
     except RunError as error:
         return [str(error)]
     checked = [
-        _find_file_damage(checkpoint.path / name, files.get(name)) for name in (files if names is None else names)
+        _find_file_damage(checkpoint.path / name, files.get(name), hashed is None or name in hashed)
+        for name in (files if names is None else names)
     ]
     return [problem for problem in checked if problem]
 
 
-def _find_file_damage(path: Path, expected: dict | None) -> str | None:
+def _find_file_damage(path: Path, expected: dict | None, hashed: bool) -> str | None:
     try:
         if expected is None:
             return f"{path} is not in the manifest"
@@ -132,11 +149,32 @@ def _find_file_damage(path: Path, expected: dict | None) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{path} has {path.stat().st_size} bytes instead of {expected['size']}"
-        if hash_file(path) != expected["sha256"]:
+        if hashed and hash_file(path) != expected["sha256"]:
             return f"{path} is damaged (its SHA-256 differs from the manifest's)"
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return None
+
+
+def hashed_files(checkpoint: Checkpoint, verify: str) -> set[str]:
+    """The files whose every byte `[checkpoint] verify` compares; the same ones on every rank and at every start.
+
+    "full": all; "sample": one in eight, drawn by a hash of the checkpoint's name and theirs; "size": none. The index,
+    the state and the configuration are always among them: they steer all reading, and the index is a pickle.
+
+    Raises:
+        RunError: the manifest is damaged.
+    """
+    names = set(checkpoint.manifest())
+    steering = names & {INDEX, STATE, CONFIG}
+    if verify == "full":
+        return names
+    if verify == "size":
+        return steering
+    drawn = sorted(
+        names - steering, key=lambda name: hashlib.sha256(f"{checkpoint.path.name}/{name}".encode()).digest()
+    )
+    return steering | set(drawn[: math.ceil(len(drawn) / _SAMPLED)])
 
 
 def newest_readable(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:

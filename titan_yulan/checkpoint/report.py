@@ -1,11 +1,19 @@
-"""`titan-yulan checkpoint list|verify`."""
+"""`titan-yulan checkpoint list|verify|prune`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from titan_yulan.checkpoint.layout import MANIFEST, Checkpoint, find_checkpoints, find_damage, open_checkpoint
-from titan_yulan.errors import RunError
+from titan_yulan.checkpoint.layout import (
+    MANIFEST,
+    STATE,
+    Checkpoint,
+    find_checkpoints,
+    find_damage,
+    open_checkpoint,
+    remove,
+)
+from titan_yulan.errors import RunError, UserError
 
 
 def _checkpoints(folder: Path) -> list[Checkpoint]:
@@ -45,3 +53,34 @@ def verify_checkpoints(folder: Path) -> tuple[list[str], bool]:
         sound = sound and not damage
         lines.append(f"{checkpoint.path}: {'; '.join(damage) if damage else 'sound'}")
     return lines, sound
+
+
+def prune_checkpoints(folder: Path, keep: int, delete: bool) -> list[str]:
+    """Delete all but the newest `keep` sound checkpoints, the ends of phases and what is damaged; a line for each.
+
+    Every byte of the newest ones is verified first, so that what stays can be loaded.
+
+    Args:
+        delete: False only says what would be deleted.
+
+    Raises:
+        UserError: `keep` is less than 1.
+        RunError: there is no checkpoint.
+    """
+    if keep < 1:
+        raise UserError(f"--keep {keep}: at least 1 checkpoint has to be kept")
+    lines, sound = [], 0
+    for checkpoint in reversed(_checkpoints(folder)):
+        damage = find_damage(checkpoint, None if sound < keep else [STATE])
+        if damage:
+            lines.append(f"{checkpoint.path}: kept, damaged: {'; '.join(damage)}")
+        elif sound < keep:
+            sound += 1
+            lines.append(f"{checkpoint.path}: kept, sound")
+        elif checkpoint.state().phase_finished:
+            lines.append(f"{checkpoint.path}: kept, end of phase {checkpoint.state().phase!r}")
+        else:
+            lines.append(f"{checkpoint.path}: {'deleted' if delete else 'would be deleted'}")
+            if delete:
+                remove(checkpoint.path)
+    return lines[::-1]

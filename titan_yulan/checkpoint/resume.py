@@ -10,6 +10,7 @@ from pathlib import Path
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.curriculum.position import Position
@@ -58,6 +59,13 @@ class Resume:
 
 
 def run_folder(config: RunConfig) -> Path:
+    """The folder of a run.
+
+    Raises:
+        UserError: it would lie in an object store.
+    """
+    if refusal := refuse_address(config.run.output_dir):
+        raise UserError(f"run.output_dir: {refusal}")
     return Path(config.run.output_dir) / config.run.name
 
 
@@ -68,6 +76,8 @@ def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
         origin = checkpoint.state().origin
         return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
     if start_from:
+        if refusal := refuse_address(start_from):
+            raise UserError(f"phase.start_from: {refusal}")
         state = layout.open_checkpoint(Path(start_from)).state()
         return Plan(config, Position(state.step, state.row, state.token), state.tapes)
     return Plan(config)

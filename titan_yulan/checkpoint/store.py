@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,75 +12,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
 
 from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.files import CheckedReader, HashingWriter
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState
 from titan_yulan.errors import RunError, explain_os_error
 from titan_yulan.parallel.process import World
-
-
-class _HashingFile(io.RawIOBase):
-    """Passes writes on to a file and hashes them on the way. Only appends: a seek would make the hash wrong."""
-
-    def __init__(self, file: io.IOBase, errors: list[OSError]) -> None:
-        self._file, self._hash, self._size, self._errors = file, hashlib.sha256(), 0, errors
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        self._size += memoryview(data).nbytes
-        try:
-            return self._file.write(data)  # type: ignore[attr-defined]
-        except OSError as error:
-            self._errors.append(error)
-            raise
-
-    def tell(self) -> int:
-        return self._size
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-    def summary(self) -> dict:
-        return {"size": self._size, "sha256": self._hash.hexdigest()}
-
-
-class _HashingFileSystem(FileSystem):
-    def __init__(self) -> None:
-        super().__init__()
-        self.files: dict[str, dict] = {}
-        self.errors: list[OSError] = []  # torch.save hides them behind an error of its own
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
-        with super().create_stream(path, mode) as stream:
-            if "w" not in mode:
-                yield stream
-                return
-            hashing = _HashingFile(stream, self.errors)
-            yield hashing
-            self.files[Path(path).name] = hashing.summary()
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        if (summary := self.files.pop(Path(path).name, None)) is not None:
-            self.files[Path(new_path).name] = summary
-
-
-class _HashingWriter(FileSystemWriter):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, sync_files=True)
-        self.hashing = _HashingFileSystem()
-        self.fs = self.hashing
 
 
 def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml: str, world: World, keep: int) -> Path:
@@ -98,10 +32,10 @@ def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml
         RunError: on every rank, if any rank could not write; the half-written folder is removed, nothing else is.
     """
     path = layout.step_folder(folder, state.step)
-    if world.agree(int(world.is_main and not layout.find_damage(Checkpoint(path, state.step)))):
-        return path  # saved before: same run, same step, same content
+    if world.agree(int(world.is_main and _is_saved(path, state))):
+        return path
     error = _attempt(world, path, lambda: _prepare(path) if world.is_main else None)
-    writer = _HashingWriter(path)
+    writer = HashingWriter(path)
     if error is None:
         error = _attempt(world, path, lambda: _write(tensors, writer, world))
     if error is None:
@@ -110,12 +44,18 @@ def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml
         files = {name: summary for part in written if part for name, summary in part.items()}
         error = _attempt(world, path, lambda: layout.commit(path, files, state, config_toml) if world.is_main else None)
     if error is not None:
-        if world.is_main and path.exists():
-            shutil.rmtree(path, ignore_errors=True)
+        _attempt(world, path, lambda: layout.remove(path) if world.is_main else None)
         raise RunError(f"the checkpoint of step {state.step} could not be written to {path}: {error}")
-    if world.is_main:
-        layout.prune(folder, keep, state.step)
+    error = _attempt(world, folder, lambda: layout.prune(folder, keep, state.step) if world.is_main else None)
+    if error is not None:
+        raise RunError(f"{path} was written, but the checkpoints before it could not be deleted: {error}")
     return path
+
+
+def _is_saved(path: Path, state: TrainerState) -> bool:
+    """Whether a sound checkpoint of the same rows is there; skipped rows make another one of the same step."""
+    checkpoint = Checkpoint(path, state.step)
+    return not layout.find_damage(checkpoint) and replace(checkpoint.state(), versions=state.versions) == state
 
 
 def _prepare(path: Path) -> None:
@@ -124,7 +64,7 @@ def _prepare(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _write(tensors: dict[str, Any], writer: _HashingWriter, world: World) -> None:
+def _write(tensors: dict[str, Any], writer: HashingWriter, world: World) -> None:
     """DCP's save; it gathers the failures of all ranks and raises them on each, here only a rank's own is raised."""
     try:
         dcp.save(tensors, storage_writer=writer, process_group=world.host)
@@ -158,10 +98,13 @@ def explain(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def newest_good(folder: Path, world: World, report: Callable[[str], None]) -> Checkpoint | None:
+def newest_good(folder: Path, world: World, report: Callable[[str], None], verify: str = "full") -> Checkpoint | None:
     """The newest checkpoint that is sound; None if there is no checkpoint at all.
 
     Damaged ones are reported by name, left where they are, and passed over; the choice is the same on all ranks.
+
+    Args:
+        verify: `[checkpoint] verify`: "full", "sample" or "size" (`layout.hashed_files`).
 
     Raises:
         RunError: there are checkpoints, but none is sound.
@@ -170,7 +113,7 @@ def newest_good(folder: Path, world: World, report: Callable[[str], None]) -> Ch
     dist.broadcast_object_list(listed, src=0, group=world.host)
     for name in reversed(listed[0]):
         checkpoint = Checkpoint(Path(name), int(Path(name).name.removeprefix("step-")))
-        damage = find_damage_together(checkpoint, world)
+        damage = find_damage_together(checkpoint, world, verify)
         if not damage:
             return checkpoint
         report(f"WARNING: checkpoint {checkpoint.path} is damaged and passed over: {'; '.join(damage)}")
@@ -182,11 +125,13 @@ def newest_good(folder: Path, world: World, report: Callable[[str], None]) -> Ch
     return None
 
 
-def find_damage_together(checkpoint: Checkpoint, world: World) -> list[str]:
+def find_damage_together(checkpoint: Checkpoint, world: World, verify: str = "full") -> list[str]:
     """`layout.find_damage` with the files shared out among the ranks; the same answer on all of them."""
     try:
-        mine = sorted(checkpoint.manifest())[world.rank :: world.size]
-        problems = layout.find_damage(checkpoint, mine)
+        hashed = layout.hashed_files(checkpoint, verify)
+        # the files that take long come first, so that each rank has its share of them
+        names = sorted(checkpoint.manifest(), key=lambda name: (name not in hashed, name))
+        problems = layout.find_damage(checkpoint, names[world.rank :: world.size], hashed)
     except RunError as error:
         problems = [str(error)]
     found: list[list[str]] = [[] for _ in range(world.size)]
@@ -198,18 +143,29 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.Pr
     """Read a checkpoint into the given tensors, in place, whatever layout it was written with.
 
     Raises:
-        RunError: a tensor is missing or has another shape.
+        RunError: a tensor is missing or has another shape, or the index is damaged.
     """
     for name, (expected, found) in _shape_differences(checkpoint, tensors).items():
         raise RunError(
             f"checkpoint {checkpoint.path} belongs to another model: {name} has shape {found} there and {expected} here"
         )
+    read_tensors(checkpoint, tensors, process_group)
+
+
+def read_tensors(
+    checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Fill the given tensors, whose names and shapes are known to be there; without a group: in this process alone.
+
+    Raises:
+        RunError: a file cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
             dcp.load(
                 tensors,
-                storage_reader=FileSystemReader(checkpoint.path),
+                storage_reader=CheckedReader(checkpoint),
                 process_group=process_group,
                 no_dist=process_group is None,
             )
@@ -217,8 +173,20 @@ def load(checkpoint: Checkpoint, tensors: dict[str, Any], process_group: dist.Pr
         raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {explain(error, checkpoint.path)}") from error
 
 
+def read_index(checkpoint: Checkpoint) -> Metadata:
+    """Where each tensor lies, and its shape.
+
+    Raises:
+        RunError: the file is missing, or not the one in the manifest.
+    """
+    try:
+        return CheckedReader(checkpoint).read_metadata()
+    except OSError as error:
+        raise RunError(f"{checkpoint.path / layout.INDEX} cannot be read ({error})") from error
+
+
 def _shape_differences(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    stored = read_index(checkpoint).state_dict_metadata
     differences = {}
     for section, content in tensors.items():
         for name, tensor in content.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from titan_yulan.config.bind import INVALID, Binder, nearest
 from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import KeyPath, toml_string
 from titan_yulan.config.sections import BatchSection, LearningRateSegment, PhaseSection, RunConfig
 from titan_yulan.config.values import Duration, Tokens
@@ -33,6 +34,7 @@ class _Check:
     def run(self) -> None:
         config = self.config
         self.folder_name(("run", "name"), config.run.name)
+        self.folder_path(("run", "output_dir"), config.run.output_dir)
         self.model(config.model)
         if _sound(config.tokenizer.train_vocab_size, config.model.vocab_size):
             self.vocabulary(config.tokenizer.train_vocab_size, config.model.vocab_size)
@@ -49,6 +51,10 @@ class _Check:
                 path,
                 f"found {name!r}; it names a folder; allowed: letters, digits and . _ - + = @, first a letter or digit",
             )
+
+    def folder_path(self, path: KeyPath, value: str) -> None:
+        if _sound(value) and (refusal := refuse_address(value)):
+            self.refuse(path, refusal)
 
     def model(self, model: ModelConfig) -> None:
         if _sound(*vars(model).values()):
@@ -103,6 +109,7 @@ class _Check:
             total = sum(amount.value for amount in phase.mix.values() if isinstance(amount, Tokens))
             if total:
                 self.length(phase, Duration(total, "tokens"), (*path, "mix"))
+        self.folder_path((*path, "start_from"), phase.start_from)
         if _sound(phase.start_from) and phase.start_from and path[1] != 0:
             self.refuse((*path, "start_from"), "only the first phase of a curriculum may have it; remove it")
         if _sound(phase.lr):

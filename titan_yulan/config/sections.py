@@ -191,7 +191,7 @@ class CheckpointSection:
     verify: str = setting(
         "full",
         "what is compared with the manifest before loading; full: every byte; sample: sizes, and every byte of one "
-        "file in eight; size: sizes alone",
+        "file in eight; size: sizes alone; index, state and configuration are always compared byte by byte",
         choices=("full", "sample", "size"),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -46,15 +48,19 @@ def validation_loss(
     micro_batch_size: int,
     mesh: Mesh,
     device: torch.device,
+    between: Callable[[str], None],
 ) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropy and number of tokens per source over all ranks: two tensors (sources,).
 
-    `tapes` is indexed by source id (any tape where a source has no held-out part).
+    Args:
+        tapes: indexed by source id (any tape where a source has no held-out part).
+        between: called before every micro-batch, on all ranks alike; may raise to end the evaluation.
     """
     start, stop = rank_rows(held_out.batch_rows, mesh.data_rank, mesh.data_size)
     numbers = np.arange(start, stop)
     sums = torch.zeros(2, len(tapes), dtype=torch.float64, device=device)
     for i in range(micro_batches(held_out.batch_rows, mesh.data_size, micro_batch_size)):
+        between("validation")
         part = numbers[i * micro_batch_size : (i + 1) * micro_batch_size]
         inputs = objective.inputs(read_rows(held_out, tapes, part, micro_batch_size).to(device))
         loss = forward(decoder, objective, inputs)

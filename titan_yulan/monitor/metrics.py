@@ -66,9 +66,18 @@ class JsonLines:
     """Appends dictionaries to a file; on opening, lines of steps after `step` are dropped (they will come again)."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        kept = [line for line in read_lines(self._path) if line["step"] <= step]
+        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which are done again."""
+        self._file.close()
+        self._open(step)
 
     def write(self, lines: Iterable[dict[str, Any]]) -> None:
         """Append lines; a number that is not finite becomes null (JSON has no NaN)."""
@@ -99,7 +108,8 @@ class Board:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, step)
 
     def text(self, tag: str, text: str) -> None:
         self._writer.add_text(tag, text)

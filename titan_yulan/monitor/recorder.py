@@ -20,9 +20,10 @@ from torch import Tensor
 from titan_yulan import config as configuration
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
-from titan_yulan.errors import RunError, explain_os_error
+from titan_yulan.errors import explain_os_error
 from titan_yulan.monitor.flops import FORMULA, device_peak, flops_per_token
 from titan_yulan.monitor.metrics import Board, JsonLines, read_lines
+from titan_yulan.monitor.recovery import Recovery
 from titan_yulan.parallel.process import World
 
 
@@ -34,6 +35,7 @@ class StepValues:
     denominator    () float32: the global denominator of the loss
     gradient_norm  () float32, before clipping
     fingerprint    () int64: sum of the rows' fingerprints
+    verdict        () float32: of `optimizer.guard`, or `recovery.LEFT_OUT`
     """
 
     phase: PhasePlan
@@ -42,17 +44,22 @@ class StepValues:
     denominator: Tensor
     gradient_norm: Tensor
     fingerprint: Tensor
+    verdict: Tensor
 
 
 class Recorder:
-    """Exists on every rank (all must see a non-finite loss at the same step); only the main rank writes and prints."""
+    """Exists on every rank (all must see a bad step at the same time); only the main rank writes and prints."""
 
-    def __init__(self, config: RunConfig, plan: Plan, folder: Path, step: int | None, world: World) -> None:
+    def __init__(
+        self, config: RunConfig, plan: Plan, folder: Path, step: int | None, world: World, recovery: Recovery
+    ) -> None:
         """
         Args:
             step: of the checkpoint that the run goes on from; records of later steps are dropped. None: a fresh start.
+            recovery: decides what follows from the steps' verdicts.
         """
         self._config, self._plan, self._folder, self._world = config, plan, folder, world
+        self._recovery = recovery
         self._pending: list[tuple[int, StepValues]] = []
         self._main = world.is_main
         self._peak = device_peak(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
@@ -67,11 +74,14 @@ class Recorder:
         self._validations = JsonLines(folder / "validation.jsonl", step)
         if lines := read_lines(folder / "validation.jsonl"):
             self._first_losses = lines[0]["validation_loss"]
-        text = configuration.to_toml(config)
-        self._board = Board(folder / "tensorboard", step) if config.monitor.tensorboard else None
+        self._validated = {line["step"] for line in lines}
+        self._open_board(step)
+
+    def _open_board(self, step: int) -> None:
+        self._board = Board(self._folder / "tensorboard", step) if self._config.monitor.tensorboard else None
         if self._board:
-            self._board.text("config/toml", f"```toml\n{text}\n```")
-            names = "|".join(plan.sources)
+            self._board.text("config/toml", f"```toml\n{configuration.to_toml(self._config)}\n```")
+            names = "|".join(self._plan.sources)
             self._board.layout(
                 {
                     "losses": {
@@ -108,24 +118,28 @@ class Recorder:
         )
         self._clock = time.perf_counter()
 
-    def record(self, step: int, values: StepValues, waited: float) -> None:
-        """Take the values of a finished step; print and write when it is due.
+    def record(self, step: int, values: StepValues, waited: float) -> bool:
+        """Take the values of a finished step; print and write when it is due, and return whether it was.
 
         Args:
             waited: seconds that the loader kept the trainer waiting for this step.
+
+        Raises:
+            RunError, GoBack: as `flush`.
         """
         self._pending.append((step, values))
         self._waited += waited
-        if step % self._config.monitor.log_every == 0 or step == values.phase.end.step:
-            line = self.flush()
-            if line is not None:
-                self._print(line, values.phase)
+        due = step % self._config.monitor.log_every == 0 or step == values.phase.end.step
+        if due and (line := self.flush()):
+            self._print(line, values.phase)
+        return due
 
     def flush(self) -> dict[str, Any] | None:
         """Fetch and write all pending steps; returns the last one's line.
 
         Raises:
-            RunError: a loss or gradient is not finite (on every rank, at the same step).
+            RunError: a step was bad and `[recovery]` ends the run (on every rank, at the same step).
+            GoBack: a step was bad and the run is to go on from its newest checkpoint (likewise).
         """
         if not self._pending:
             return None
@@ -138,19 +152,26 @@ class Recorder:
         self._clock = now
         lines = [self._line(*item) for item in zip(steps, values, rows, strict=True)]
         self._tokens += sum(v.phase.batch_rows * v.phase.sequence_length for v in values)
-        bad = next((line for line in lines if not math.isfinite(line["loss"] + line["gradient_norm"])), None)
+        lines, end = self._recovery.review(lines, [int(row[-1]) for row in rows])
         if self._main:
             with self._writing():
-                self._metrics.write(line for line in lines if bad is None or line["step"] <= bad["step"])
+                self._metrics.write(lines)
                 self._draw(lines)
-        if bad is not None:
-            raise RunError(
-                f"step {bad['step']}: loss {bad['loss']}, gradient norm {bad['gradient_norm']} are not finite. "
-                f"Nothing after the last checkpoint in {self._folder / 'checkpoints'} was saved; the same command goes "
-                "on from there. Lower optimizer.learning_rate or look at the rows: titan-yulan data show "
-                f"--config {self._folder / 'config.toml'} --step {bad['step']}"
-            )
+        if end is not None:
+            raise end
         return lines[-1]
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step`: what is recorded of later ones is dropped and comes again."""
+        self._pending = []
+        if self._main:
+            self._metrics.rewind(step)
+            self._validations.rewind(step)
+            self._validated = {other for other in self._validated if other <= step}
+            if self._board:
+                self._board.close()
+            self._open_board(step)
+        self._clock = time.perf_counter()
 
     def sync(self) -> None:
         """Flush, and make the lines durable: none may be missing behind a checkpoint.
@@ -167,7 +188,7 @@ class Recorder:
     def _line(self, step: int, values: StepValues, row: list[float]) -> dict[str, Any]:
         n = len(self._plan.sources)
         objective, cross_entropy, tokens = row[0], row[1 : 1 + n], row[1 + n : 1 + 2 * n]
-        denominator, gradient_norm, low, high = row[-4:]
+        denominator, gradient_norm, low, high, _ = row[-5:]
         by_source = zip(self._plan.sources, cross_entropy, tokens, strict=True)
         return {
             "step": step,
@@ -215,6 +236,7 @@ class Recorder:
             f"step {step}/{end}  loss {line['loss']:.4f}  gnorm {line['gradient_norm']:.3f}  "
             f"lr {line['learning_rate']:.3e}  {_short(rate)} tok/s  "
             f"mfu {'n/a' if mfu is None else f'{mfu:.1f}%'}  eta {_clock(seconds_left)}"
+            + (f"  skipped: {line['skipped']}" if "skipped" in line else "")
         )
         if self._main and self._board:
             scalars = {"perf/tokens_per_s": rate, "data/wait_percent": 100 * self._waited / max(self._active, 1e-9)}
@@ -245,6 +267,7 @@ class Recorder:
             position = self._plan.position(step)
             with self._writing():
                 self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
+                self._validated.add(step)
                 if self._board:
                     scalars = {f"loss/val_{name}": loss for name, loss in losses.items()}
                     if losses:
@@ -252,6 +275,10 @@ class Recorder:
                     self._board.scalars(step, scalars)
                     self._board.flush()
         self._clock = time.perf_counter()
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the validation after `step` is recorded; known to the main rank."""
+        return self._main and step in self._validated
 
     def pause_ends(self) -> None:
         """Time spent on a checkpoint does not count as training time."""
@@ -280,12 +307,13 @@ class Recorder:
 
 
 def _fetch(values: list[StepValues]) -> list[list[float]]:
-    """The numbers of all steps in one copy, the one synchronisation: per step totals, denominator, gradient norm, and
-    the lower and upper half of the fingerprint (a double holds 32 bits exactly, not 64)."""
+    """The numbers of all steps in one copy, the one synchronisation: per step totals, denominator, gradient norm, the
+    lower and upper half of the fingerprint (a double holds 32 bits exactly, not 64), and the verdict."""
     prints = torch.stack([v.fingerprint for v in values])
     halves = torch.stack([prints & 0xFFFFFFFF, (prints >> 32) & 0xFFFFFFFF], dim=1)
     floats = torch.stack([torch.cat([v.totals, v.denominator[None], v.gradient_norm[None]]) for v in values])
-    return torch.cat([floats.double(), halves.double()], dim=1).tolist()
+    verdicts = torch.stack([v.verdict for v in values])[:, None]
+    return torch.cat([floats.double(), halves.double(), verdicts.double()], dim=1).tolist()
 
 
 def _short(value: float) -> str:

@@ -47,6 +47,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["multiplier"]
 
 
+def step_unless(optimizer: torch.optim.AdamW, refused: Tensor) -> None:
+    """Update, or leave every bit of weights, moments and step counts as it is.
+
+    Args:
+        refused: () float32, 1 to leave all as it is (whatever the gradients are), 0 to update. The fused step reads it
+            on the device, through the attribute `found_inf` that torch.amp.GradScaler made for it.
+    """
+    device = optimizer.param_groups[0]["params"][0].device
+    if device != refused.device:
+        refused = refused.to(device)  # weights in the host's memory: torch would copy it there without waiting
+    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's tensors by `PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`; the very tensors, for saving and loading."""
     state = {}

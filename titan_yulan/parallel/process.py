@@ -67,6 +67,17 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, host)
 
 
+def set_timeout(world: World, seconds: float) -> None:
+    """Let collectives that begin from now on fail after `seconds`, in every group that this process is in.
+
+    A new group has its backend's own limit, 10 minutes for NCCL, whatever `start` was given: call this after building
+    a mesh. Longer than the watchdog's limits, so that stacks are written before a collective gives up.
+    """
+    groups = dist.distributed_c10d._world.pg_map  # as below: torch has nothing public for this up to 2.13
+    for group in (*groups, world.host):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def all_arrive(timeout: timedelta = timedelta(seconds=5)) -> bool:
     """Whether all ranks come to this point within the time; True if there is no group yet."""
     if not dist.is_initialized():

@@ -14,7 +14,9 @@ from titan_yulan.errors import UserError
 from titan_yulan.parallel.launched import DEATH_VARIABLE, DEVICE_VARIABLE, STARTED_VARIABLE, death_signal
 from titan_yulan.plan.memory import Machine
 
-_SHUTDOWN_SECONDS = 120  # torchrun, when it is signalled, lets the workers finish their step and save
+# What torchrun (2.12 or newer; before, it is 30) gives its workers to save and end when it is signalled itself: longer
+# than the longest stretch in which they do not look, a compilation.
+_SHUTDOWN_SECONDS = 600
 # A node counts as lost when it has not been heard of for 5 s; a group that has its least number of nodes waits 3 s for
 # more. torchrun's own settings take three quarters of a minute. Nodes may start 300 s before the one that hosts the
 # rendezvous, and wait 600 s for each other.

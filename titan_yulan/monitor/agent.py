@@ -1,0 +1,137 @@
+"""torchrun with a memory: groups that form, workers that fail and why, are printed and go to `events.jsonl`.
+
+    python -m titan_yulan.monitor.agent RUN_FOLDER TORCHRUN_ARGUMENTS
+
+torchrun keeps to itself who failed until it gives up. Its agent is made to be subclassed, and the methods that are
+extended here (of `torch.distributed.elastic.agent.server.SimpleElasticAgent`) are the same from torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.launcher import api
+
+from titan_yulan.monitor.events import append_event
+
+_IN_VAIN = 5
+_SYNC_SECONDS = 1.1  # an agent's view of the rendezvous is never older (torch keeps it for 1 s)
+# the line of a traceback that names the exception (torch puts the rank before it), or what C++ says instead
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)\b.*|\s*what\(\):.*)$")
+
+
+class ReportingAgent(LocalElasticAgent):
+    """Starts, watches and restarts the workers of one node, and says so."""
+
+    folder = Path()  # of the run
+    _progress, _futile = -1, 0
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        store, node, nodes = worker_group.store, worker_group.group_rank, worker_group.group_world_size
+        if store is None or node is None or nodes is None:
+            raise RuntimeError("torchrun's rendezvous ended without a group")
+        store.set(f"titan_yulan/host/{node}", socket.gethostname())
+        if node == 0:  # one for all; torch's own exchange of ranks, just before, waits for the others likewise
+            hosts = [store.get(f"titan_yulan/host/{i}").decode() for i in range(nodes)]
+            world = worker_group.workers[0].world_size
+            restarts = worker_group.spec.max_restarts - self._remaining_restarts
+            append_event(self.folder, "group", world=world, nodes=nodes, hosts=hosts, restarts=restarts)
+            if restarts or nodes > 1:
+                print(
+                    f"group of {world} rank(s) on {nodes} node(s): {', '.join(hosts)}; restart {restarts}", flush=True
+                )
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.failures:
+            self._report(list(result.failures.values()), worker_group)
+        if result.state == WorkerState.SUCCEEDED and (worker_group.group_world_size or 1) > 1:
+            # A node that joins makes every agent end its workers, which save and end well. If those of another agent
+            # were told first, ours have ended with them, and the run is not over.
+            time.sleep(_SYNC_SECONDS)
+            if worker_group.spec.rdzv_handler.num_nodes_waiting() > 0:
+                return RunResult(state=WorkerState.HEALTHY)
+        return result
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        if worker_group.state == WorkerState.HEALTHY:
+            append_event(self.folder, "nodes join", node=worker_group.group_rank)
+            print("nodes have come or come back: the group forms anew", flush=True)
+        super()._restart_workers(worker_group)
+
+    def _report(self, failures: list[ProcessFailure], worker_group: WorkerGroup) -> None:
+        # those that torchrun itself ended after the first failure tell nothing
+        told = [failure for failure in failures if failure.exitcode != -signal.SIGTERM] or failures
+        workers = []
+        for failure in sorted(told, key=lambda failure: failure.local_rank):
+            rank = worker_group.workers[failure.local_rank].global_rank
+            why = explain(failure.exitcode, self._stderr(failure.local_rank))
+            workers.append({"rank": rank, "pid": failure.pid, "reason": why})
+            print(f"rank {rank} on {socket.gethostname()} failed: {why}", flush=True)
+        if self._failed_in_vain():
+            print(f"{_IN_VAIN} failures in a row without a new step: no more restarts", flush=True)
+            self._remaining_restarts = 0
+        append_event(self.folder, "failure", workers=workers, restarts_left=self._remaining_restarts)
+        print(f"{self._remaining_restarts} restart(s) left", flush=True)
+
+    def _failed_in_vain(self) -> bool:
+        """Whether the record of steps stands where it stood at the failures before; an elastic run has so many restarts
+        that a failure which comes every time would keep its machines for hours."""
+        record = self.folder / "metrics.jsonl"
+        progress = record.stat().st_size if record.exists() else 0
+        self._futile = self._futile + 1 if progress == self._progress else 1
+        self._progress = progress
+        return self._futile >= _IN_VAIN
+
+    def _stderr(self, local_rank: int) -> Path:
+        return Path(self._pcontext.stderrs[local_rank]) if self._pcontext else Path(os.devnull)
+
+
+def explain(exit_code: int, stderr: Path) -> str:
+    """Why a worker ended, in a line.
+
+    Args:
+        exit_code: of the process; negative: the signal that ended it.
+        stderr: what it wrote; the last exception in it is the reason, if there is one.
+    """
+    try:
+        how = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
+    except ValueError:
+        how = f"signal {-exit_code}"
+    if exit_code == -signal.SIGKILL:
+        return f"{how} (killed from outside; perhaps the machine had no memory left)"
+    lines = _tail(stderr).splitlines()
+    found = next((match[1].strip() for line in reversed(lines) if (match := _EXCEPTION.match(line))), "")
+    return f"{found[:300]} ({how})" if found else how
+
+
+def _tail(path: Path, size: int = 2**16) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read(size).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def main() -> None:
+    """Run torchrun with our agent in the place of its own."""
+    folder, *arguments = sys.argv[1:]
+    ReportingAgent.folder = Path(folder)
+    api.LocalElasticAgent = ReportingAgent
+    torchrun.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
