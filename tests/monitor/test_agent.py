@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,13 @@ if attempt < "2":
 """
 
 
-def torchrun(folder: Path, worker: str, restarts: int, processes: int) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, worker: str, restarts: int, processes: int, *rendezvous: str
+) -> subprocess.CompletedProcess[str]:
     script = folder / "worker.py"
     script.write_text(worker)
     arguments = [
-        "--standalone",
+        *(rendezvous or ["--standalone"]),
         f"--nproc-per-node={processes}",
         f"--max-restarts={restarts}",
         "--monitor-interval=0.1",
@@ -67,6 +70,17 @@ def test_a_failure_that_comes_every_time_uses_up_no_hundred_restarts(tmp_path) -
     assert [event["workers"][0]["reason"] for event in failures] == ["exit code 3"] * 5
     assert failures[-1]["restarts_left"] == 0
     assert "5 failures in a row without a new step" in result.stdout
+
+
+def test_a_host_that_is_not_there_is_named_in_a_line(tmp_path) -> None:
+    with socket.socket() as probe:  # a port where nobody answers
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"--rdzv-endpoint=127.0.0.1:{probe.getsockname()[1]}"
+        settings = ("--nnodes=1:2", "--rdzv-backend=c10d", endpoint, "--rdzv-conf=is_host=false,read_timeout=1")
+        result = torchrun(tmp_path, "", 0, 1, *settings)
+    assert result.returncode == 1
+    assert "ERROR: no group of nodes could form: the node with NODE_RANK=0" in result.stderr
+    assert [event["event"] for event in read_events(tmp_path)] == ["no group"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from titan_yulan.monitor.events import append_event
@@ -130,7 +131,15 @@ def main() -> None:
     folder, *arguments = sys.argv[1:]
     ReportingAgent.folder = Path(folder)
     api.LocalElasticAgent = ReportingAgent
-    torchrun.main(arguments)
+    try:
+        torchrun.main(arguments)
+    except RendezvousError as error:
+        reason = f"{type(error).__name__}: {error}"
+        append_event(Path(folder), "no group", reason=reason)
+        sys.exit(
+            f"ERROR: no group of nodes could form: the node with NODE_RANK=0, which hosts the rendezvous, is gone or "
+            f"cannot be reached, or too few nodes came in time ({reason})"
+        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import socket
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -98,12 +100,19 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _forget_full_disk(arguments: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread would print a traceback when the disk is full; its next call raises the same error."""
+    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in (errno.ENOSPC, errno.EDQUOT)):
+        threading.__excepthook__(arguments)
+
+
 class Board:
     """TensorBoard files of a run; steps after `step` of an earlier start are purged so that curves do not double."""
 
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not everywhere installed
 
+        threading.excepthook = _forget_full_disk
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:

@@ -165,12 +165,13 @@ class Recorder:
         """Go back to `step`: what is recorded of later ones is dropped and comes again."""
         self._pending = []
         if self._main:
-            self._metrics.rewind(step)
-            self._validations.rewind(step)
             self._validated = {other for other in self._validated if other <= step}
-            if self._board:
-                self._board.close()
-            self._open_board(step)
+            with self._writing():
+                self._metrics.rewind(step)
+                self._validations.rewind(step)
+                if self._board:
+                    self._board.close()
+                self._open_board(step)
         self._clock = time.perf_counter()
 
     def sync(self) -> None:
