@@ -10,6 +10,7 @@ signal), so the code of this process comes from the run's `status.json`:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -85,7 +86,7 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
         raise UserError(
             f"NPROC={start.processes}: this machine has {machine.accelerators} GPU(s), one for each process"
         )
-    check_memory(config, start, machine)
+    check_memory(_to_come(config, degrees), start, machine)
     check_disk(config, plan, folder, resume)
     ensure_prepared(config)
     check_sources(config, plan, checkpoint, allow_changes)
@@ -154,9 +155,10 @@ def _say_plan(
         f"{model.hidden_size}, {model.num_attention_heads} heads, {model.num_key_value_heads} KV heads, "
         f"vocabulary {model.vocab_size}"
     )
-    need = estimate_memory(config, start.world)
+    need = estimate_memory(_to_come(config, degrees), start.world)
     checkpoints, _ = disk_forecast(config, plan)
-    print(f"memory         about {need.total / GIB:.2f} GiB a rank")
+    on_host = f", {need.host / GIB:.2f} GiB of the host's" if need.host else ""
+    print(f"memory         about {need.total / GIB:.2f} GiB a rank{on_host}")
     print(f"disk           at most {checkpoints} checkpoints of {checkpoint_bytes(config) / GIB:.2f} GiB at a time")
     for phase in plan.phases[config.first_phase :]:
         shares = " ".join(f"{n} {w:.0%}" for n, w in zip(phase.sources, phase.weights, strict=True) if w)
@@ -213,13 +215,20 @@ def _degrees(plan: Plan, world: int, step: int) -> dict[str, Degrees]:
     return found
 
 
+def _to_come(config: RunConfig, degrees: dict[str, Degrees]) -> RunConfig:
+    """The configuration without its finished phases, whose layouts need not fit this number of ranks."""
+    first = next((index for index, phase in enumerate(config.phases) if phase.name in degrees), config.first_phase)
+    return dataclasses.replace(config, first_phase=first)
+
+
 def check_memory(config: RunConfig, start: Launch, machine: Machine) -> None:
-    """The model must fit.
+    """The model must fit, in every phase to come.
 
     Raises:
         UserError: with the estimate and a command that would work.
     """
-    need = estimate_memory(config, start.world).total
+    memory = estimate_memory(config, start.world)
+    need = memory.total if machine.accelerators else memory.total + memory.host
     on_this_machine = need if machine.accelerators else need * start.processes
     if on_this_machine <= machine.memory:
         return
@@ -234,7 +243,7 @@ def check_memory(config: RunConfig, start: Launch, machine: Machine) -> None:
         f"{' each' if machine.accelerators else ''}, {machine.memory / GIB:.1f} GiB are there "
         f"({count_parameters(config.model):,} parameters, 16 bytes each for weights, gradients and Adam, and the "
         f"activations of batch.micro_batch_size rows); {remedy}. What works here: ./run_train.sh --model.preset=debug, "
-        "or a smaller batch.micro_batch_size if the state alone fits"
+        "or a smaller batch.micro_batch_size or activation_checkpoint.mode = 'full' if the state alone fits"
     )
 
 

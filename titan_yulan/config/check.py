@@ -103,6 +103,7 @@ class _Check:
                 "parameters fit without its idle time; use data_shard, tensor and context",
             )
         self.compiled_layout(phase, path)
+        self.held_out_rows(phase, path)
         if _sound(phase.length) and phase.length is not None:
             self.length(phase, phase.length, (*path, "length"))
         elif _sound(phase.length, phase.mix) and phase.mix and all(isinstance(v, Tokens) for v in phase.mix.values()):
@@ -125,11 +126,26 @@ class _Check:
         layout, recomputed, compiled = phase.parallel, phase.activation_checkpoint, self.config.compile
         if not (_sound(layout, recomputed, compiled) and _sound(layout.tensor, recomputed.mode, compiled.enabled)):
             return
-        if layout.tensor > 1 and compiled.enabled and recomputed.mode in ("full", "every"):
+        whole_blocks = recomputed.mode == "full" or (recomputed.mode == "every" and recomputed.every != 1)
+        if layout.tensor > 1 and compiled.enabled and whole_blocks:
             self.refuse(
                 (*path, "activation_checkpoint", "mode"),
                 f"found {recomputed.mode!r}; PyTorch cannot compile whole recomputed blocks with parallel.tensor > 1; "
                 "use 'selective', or compile.enabled = false",
+            )
+
+    def held_out_rows(self, phase: PhaseSection, path: KeyPath) -> None:
+        """Held-out rows are as long as the first phase's, in every phase: their losses are to be compared."""
+        sources, first = self.config.data.sources, self.config.phases[0]
+        if not (_sound(sources, phase.parallel, first.sequence_length) and _sound(phase.parallel.context)):
+            return
+        held_out = any(source.validation_path is not INVALID and source.validation_path for source in sources.values())
+        chunks = 2 * phase.parallel.context
+        if held_out and chunks > 2 and first.sequence_length % chunks:
+            self.refuse(
+                (*path, "parallel", "context"),
+                f"found {phase.parallel.context}; held-out rows are as long as the first phase's, "
+                f"{first.sequence_length} tokens, which {chunks} does not divide; choose another context",
             )
 
     def mix(self, phase: PhaseSection, path: KeyPath) -> None:

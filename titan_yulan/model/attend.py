@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,14 +19,18 @@ class AttentionContext:
     also inside tuples and dataclasses, and the rotary tables must keep theirs.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, sharding: Sharding) -> None:
+    def __init__(
+        self, length: int, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, sharding: Sharding
+    ) -> None:
         """
         Args:
+            length: of the sequence, of which tensor-parallel ranks hold parts between the projections.
             cos, sin: rotary tables, (seq, 1, head_dim / 2) or (batch, seq, 1, head_dim / 2).
             mask: (batch, 1, seq, seq) bool, True where a query (third axis) may see a key (fourth); None: no mask.
             causal: without a mask, whether a query sees only keys up to its own place.
             sharding: how ranks share the pass.
         """
+        self.length = length
         self.cos = cos
         self.sin = sin
         self.mask = mask
@@ -56,8 +61,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    if mask is not None and grouped:
-        # PyTorch's memory-efficient kernel, the only CUDA one that takes a mask, knows no grouped heads.
+    if grouped and (mask is not None or (query.is_cuda and query.dtype not in (torch.bfloat16, torch.float16))):
+        # PyTorch's memory-efficient kernel, the only CUDA one that takes a mask or float32, knows no grouped heads.
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         grouped = False

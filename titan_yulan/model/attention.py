@@ -62,7 +62,7 @@ class Attention(nn.Module):
         """(batch, this rank's part of seq, hidden) -> the same."""
         sharding = context.sharding
         packed = project(
-            sharding.gather_sequence(x),
+            sharding.gather_sequence(x, context.length),
             (self.q_proj, self.k_proj, self.v_proj),
             ((self.q_proj_alpha,), (self.k_proj_alpha,), (self.v_proj_alpha,)),
             rounded=self.rounded,

@@ -45,12 +45,13 @@ class MLP(nn.Module):
         self.rounded = config.scalar_precision == "compute"
         self.activation = SwiGLU(packed=True, kernels=self.kernels)
 
-    def forward(self, x: Tensor, output_factors: tuple[Alpha, ...], sharding: Sharding) -> Tensor:
+    def forward(self, x: Tensor, output_factors: tuple[Alpha, ...], context: AttentionContext) -> Tensor:
         """(batch, this rank's part of seq, hidden) -> the same, times the output factors."""
         options = {"rounded": self.rounded, "kernels": self.kernels}
-        gate_up = project(sharding.gather_sequence(x), (self.gate_proj, self.up_proj), ((), ()), **options)
+        whole = context.sharding.gather_sequence(x, context.length)
+        gate_up = project(whole, (self.gate_proj, self.up_proj), ((), ()), **options)
         output = project(self.activation(gate_up), (self.down_proj,), (output_factors,), **options)
-        return sharding.reduce_scatter_sequence(output)
+        return context.sharding.reduce_scatter_sequence(output)
 
 
 class DecoderLayer(nn.Module):
@@ -93,7 +94,7 @@ class DecoderLayer(nn.Module):
         attended = self.self_attn(normed, context)
         factors = (self.norm_scale, self.post_attention_layernorm_alpha, self.gate_up_proj_alpha)
         normed, x = self.post_attention_layernorm.add(x, attended, self.residual_factor, *factors)
-        transformed = self.mlp(normed, (self.output_factor, self.down_proj_alpha), context.sharding)
+        transformed = self.mlp(normed, (self.output_factor, self.down_proj_alpha), context)
         return (x, transformed) if self.hands_on else (torch.add(x, transformed, alpha=self.residual_factor), None)
 
 
@@ -131,7 +132,7 @@ class Transformer(nn.Module):
         table_type = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
         cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.rope_theta, table_type)
         mask = self.sharding.document_mask(document_ids, causal)
-        context = AttentionContext(cos, sin, mask, causal, self.sharding)
+        context = AttentionContext(input_ids.shape[1], cos, sin, mask, causal, self.sharding)
         output = None
         for layer in self.layers:
             x, output = layer(x, output, context)
@@ -215,7 +216,8 @@ class Decoder(nn.Module):
         # The head's factors join the final norm's, so that they are rounded together.
         factors = (1.0 / self.config.logits_divisor, self.lm_head_alpha)
         hidden = self.model(input_ids, position_ids, document_ids, causal, factors)
-        hidden, weight = self.model.sharding.gather_sequence(hidden), local(self.head_weight())
+        hidden = self.model.sharding.gather_sequence(hidden, input_ids.shape[1])
+        weight = local(self.head_weight())
         if head is not None:
             return head(hidden, weight)
         return self.model.sharding.gather_vocabulary(functional.linear(hidden, weight))

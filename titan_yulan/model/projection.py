@@ -27,14 +27,17 @@ def project(
     Args:
         x: activations in the projections' type.
         projections: with or without bias, all alike.
-        factors: for each projection, trained scalars of shape (1,) and numbers; either all or none have scalars.
+        factors: for each projection, trained scalars of shape (1,) and numbers.
         rounded: round the scalars to x's type first.
         kernels: who computes, see `packed_linear`.
     """
     products = [combine(part, x.dtype if rounded else None) for part in factors]
-    scales = [product for product in products if isinstance(product, Tensor)]
+    scales = None
+    if any(isinstance(product, Tensor) or product != 1.0 for product in products):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scales = torch.cat([p if isinstance(p, Tensor) else x.new_full((1,), p, dtype=wide) for p in products])
     weights = [local(projection.weight) for projection in projections]
     biases = [local(projection.bias) for projection in projections if projection.bias is not None]
-    if len(projections) == 1 and not scales and products == [1.0]:
+    if len(projections) == 1 and scales is None:
         return functional.linear(x, weights[0], *biases)
-    return packed_linear(x, weights, torch.cat(scales) if scales else None, biases, kernels=kernels)
+    return packed_linear(x, weights, scales, biases, kernels=kernels)

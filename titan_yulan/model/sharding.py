@@ -30,8 +30,8 @@ class Sharding:
         """(batch, seq) ids, this rank's rows of the embedding -> (batch, this rank's part of seq, hidden)."""
         return functional.embedding(input_ids, weight)
 
-    def gather_sequence(self, x: Tensor) -> Tensor:
-        """(batch, this rank's part of seq, ...) -> (batch, seq, ...) on every tensor-parallel rank."""
+    def gather_sequence(self, x: Tensor, length: int) -> Tensor:
+        """(batch, this rank's part of seq, ...) -> (batch, length, ...) on every tensor-parallel rank."""
         return x
 
     def reduce_scatter_sequence(self, x: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def _gather(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
 
 def _reduce_scatter(x: Tensor, dim: int, size: int, group_name: str) -> Tensor:
     operators = torch.ops._c10d_functional
+    if x.shape[dim] % size:
+        raise ValueError(f"dimension {dim} of {tuple(x.shape)} cannot be scattered over {size} ranks")
     if dim != 0:
         x = x.unflatten(dim, (size, x.shape[dim] // size)).movedim(dim, 0).flatten(0, 1)
     return operators.wait_tensor(operators.reduce_scatter_tensor(x.contiguous(), "sum", size, group_name))

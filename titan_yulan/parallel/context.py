@@ -26,6 +26,10 @@ def slice_sequence(whole: Tensor, rank: int, size: int, dim: int) -> Tensor:
     """
     if size == 1:
         return whole
+    if whole.shape[dim] % (2 * size):
+        raise ValueError(
+            f"a sequence of {whole.shape[dim]} tokens cannot be cut over {size} ranks: {2 * size} must divide it"
+        )
     chunks = whole.chunk(2 * size, dim)
     return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim)
 

@@ -38,13 +38,13 @@ def shard_decoder(decoder: Decoder, section: ParallelSection, mesh: Mesh) -> Sha
     )
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if section.cpu_offload else OffloadPolicy()
 
-    def shard(module: nn.Module, reshard: bool) -> None:
+    def shard(module: nn.Module, free_after_forward: bool) -> None:
         fully_shard(
             module,
             mesh=mesh.fsdp,
             mp_policy=policy,
             offload_policy=offload,
-            reshard_after_forward=reshard,
+            reshard_after_forward=free_after_forward,
             ignored_params=replicated,
         )
 

@@ -108,9 +108,11 @@ def _own_group(partition: torch.Tensor) -> dist.ProcessGroup:
     """This rank's group; each row of `partition` is the ranks of one."""
     if len(partition) == 1:
         return _world()
-    group, _ = dist.new_subgroups_by_enumeration(partition.tolist())
+    own = next(ranks for ranks in partition.tolist() if dist.get_rank() in ranks)
+    # made by its members alone: every rank making every group costs a barrier for each
+    group = dist.new_group(own, use_local_synchronization=True)
     if not isinstance(group, dist.ProcessGroup):
-        raise RuntimeError(f"rank {dist.get_rank()} is in none of the groups {partition.tolist()}")
+        raise RuntimeError(f"rank {dist.get_rank()} is not in its own group {own}")
     return group
 
 

@@ -45,7 +45,8 @@ def build_decoder(
     for name, parameter in sharded.named_parameters():
         if section.cpu_offload and is_replicated(name):
             parameter.data = parameter.data.to(device)  # FSDP2 moves only what it shards
-        _fill(parameter, initial_value(name, parameter.shape, config, seed, parameter.device))
+        # drawn on the run's device wherever the parameter lives: another kind of device draws other numbers
+        _fill(parameter, initial_value(name, parameter.shape, config, seed, device))
     return sharded
 
 

@@ -29,22 +29,20 @@ class RankSharding(Sharding):
         self.vocabulary_size = vocabulary_size
         self.largest_part = -(-vocabulary_size // mesh.tensor_size)  # rows of the embedding, as torch.chunk cuts
         self.length_multiple = 2 * mesh.context_size if mesh.context_size > 1 else 1
-        self.length = 0  # of the sequence that is on its way, which its parts do not tell
 
     def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
         if self.tensor_group is None:
             return functional.embedding(input_ids, weight)
-        self.length = input_ids.shape[1]
         places = input_ids - self.tensor_rank * self.largest_part
         elsewhere = (places < 0) | (places >= weight.shape[0])
         embedded = functional.embedding(places.masked_fill(elsewhere, 0), weight)
         return self.reduce_scatter_sequence(embedded.masked_fill(elsewhere[..., None], 0))
 
-    def gather_sequence(self, x: Tensor) -> Tensor:
+    def gather_sequence(self, x: Tensor, length: int) -> Tensor:
         if self.tensor_group is None:
             return x
         gathered = gather_sequence(x, self.tensor_group, dim=1)
-        return gathered if gathered.shape[1] == self.length else gathered[:, : self.length]
+        return gathered if gathered.shape[1] == length else gathered[:, :length]
 
     def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
         missing = -x.shape[1] % self.tensor_size
