@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.layout import CONFIG, Checkpoint
+from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.loader import Batch, Loader, fingerprint
@@ -98,15 +97,18 @@ class Learner:
 
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
-        """Take all tensors from a checkpoint, whatever layout wrote it; all ranks together.
+        """Take all tensors from a checkpoint, whatever layout wrote it; all ranks together. The guard's window begins
+        empty, and says so, if the checkpoint's has another length.
 
         Raises:
             RunError: it is of another model.
         """
         tensors = self.tensors()
-        saved = configuration.load(checkpoint.path / CONFIG).config.recovery
-        if saved.spike_window != self.config.recovery.spike_window:
-            del tensors["recovery"]  # a window of another length begins empty
+        stored = store.read_index(checkpoint).state_dict_metadata.get("recovery.window")
+        if getattr(stored, "size", None) != tensors["recovery"]["window"].shape:
+            for tensor in tensors.pop("recovery").values():
+                tensor.zero_()
+            self._say(f"recovery.spike_window: {checkpoint.path} holds no window of this length; it begins empty")
         store.load(checkpoint, tensors, self.world.host)
 
     def train_step(

@@ -131,6 +131,7 @@ class Trainer:
                 append_event(self.folder, event, message=line, **details)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
+        self.watchdog.beat("comparing checkpoints with their manifests")
         report = partial(self._tell, "damaged checkpoint")
         return store.newest_good(self.folder / "checkpoints", self.world, report, self.config.checkpoint.verify)
 
@@ -152,11 +153,13 @@ class Trainer:
         self.held_out_tapes = [held_out.get(i, tape) for i, tape in enumerate(self.tapes)]
 
     def _build(self, phase: PhasePlan) -> None:
+        self.watchdog.beat("building the model")
         self.learner.build(phase)
         self.unsettled_steps = _COMPILING_STEPS
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Put step, weights, moments and window where a checkpoint has them; None: where the run began."""
+        self.watchdog.beat("loading a checkpoint")
         start = self.config.phases[0].start_from
         if checkpoint is not None:
             self.learner.load(checkpoint)
@@ -222,8 +225,9 @@ class Trainer:
         """Make the model what this phase needs, and say where the run is."""
         if not self.learner.fits(phase):
             self._join_saver()  # the boundary's checkpoint carries the weights over to the new layout
-            self._build(phase)
-            self.learner.load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
+            with self.watchdog.patient("changing the layout"):
+                self._build(phase)
+                self.learner.load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
         self.learner.set_rope_theta(phase)
         self.recorder.phase_begins(phase, self.step)
 
@@ -348,16 +352,17 @@ class Trainer:
     def close(self, outcome: str) -> None:
         """The sampled continuation of a finished run, the last words, and the record's end."""
         if outcome == "finished" and self.config.eval.prompt:
-            ids = generate(
-                self.learner.decoder,
-                self.tokenizer.encode(self.config.eval.prompt),
-                new_tokens=self.config.eval.new_tokens,
-                eos_id=self.tokenizer.eos_id,
-                vocab_size=self.tokenizer.vocab_size,
-                context=self.plan.phases[-1].sequence_length,
-                seed=self.config.run.seed,
-                device=self.world.device,
-            )
+            with self.watchdog.patient("the sample at the end"):
+                ids = generate(
+                    self.learner.decoder,
+                    self.tokenizer.encode(self.config.eval.prompt),
+                    new_tokens=self.config.eval.new_tokens,
+                    eos_id=self.tokenizer.eos_id,
+                    vocab_size=self.tokenizer.vocab_size,
+                    context=self.plan.phases[-1].sequence_length,
+                    seed=self.config.run.seed,
+                    device=self.world.device,
+                )
             self.recorder.sample(self.step, self.config.eval.prompt, self.tokenizer.decode(ids))
         self.recorder.close(outcome)
         if self.world.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,8 @@ def refused(learner: Learner, world: World) -> dict[str, Any]:
         found["changed"].append([name for name, t in everything(learner).items() if not torch.equal(t, before[name])])
     learner.objective.loss = loss  # type: ignore[method-assign]
     found["all"] = sorted(before)
+    broken = math.nan if world.rank == world.size - 1 else 3.0  # a rank that computes something else than the rest
+    found["worst"] = int(learner.guard.judge(torch.tensor(broken), torch.tensor(1.0))[0])
     return found
 
 

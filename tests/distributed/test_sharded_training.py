@@ -145,7 +145,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_bit_on_any(trained: Fo
     for rank in trained[world]:
         found = rank["refused"]
         assert found["verdicts"] == [(NOT_FINITE, False), (NOT_FINITE, True), (FINE, True)]
-        assert found["changed"][:2] == [[], []]
+        assert found["changed"][:2] == [[], []] and found["worst"] == NOT_FINITE
         assert sorted(found["changed"][2]) == found["all"]  # weights, moments, step counts, window
 
 
