@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.curriculum.making import configuration, phase
-from titan_yulan.config.sections import ParallelSection
+from titan_yulan.config.sections import ParallelSection, RecoverySection
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.errors import UserError
 from titan_yulan.launch import check_layout, exit_code_elsewhere
@@ -78,16 +78,18 @@ def test_several_nodes_need_to_know_where_they_meet(start) -> None:
 )
 def test_only_a_node_that_can_be_spared_ends_at_once(nodes: str, rank: str, number: int, start) -> None:
     launch = start(NNODES=nodes, NODE_RANK=rank, RDZV_ENDPOINT="node0:1")
-    assert worker_environment(launch, MACHINE, {})[DEATH_VARIABLE] == str(number)
+    assert worker_environment(launch, MACHINE, RecoverySection(), {})[DEATH_VARIABLE] == str(number)
 
 
 def test_the_environment_keeps_what_the_user_set_and_adds_what_workers_need(start) -> None:
     begin = time.time()
-    found = worker_environment(start(NPROC="4"), MACHINE, {"OMP_NUM_THREADS": "5", "HOME": "/h", STARTED_VARIABLE: "1"})
+    found = worker_environment(
+        start(NPROC="4"), MACHINE, RecoverySection(), {"OMP_NUM_THREADS": "5", "HOME": "/h", STARTED_VARIABLE: "1"}
+    )
     assert found["OMP_NUM_THREADS"] == "5" and found["HOME"] == "/h" and found[DEVICE_VARIABLE] == "cuda"
     assert begin <= float(found[STARTED_VARIABLE]) <= time.time()  # of this start, not of one before
-    assert int(found["TORCH_NCCL_TRACE_BUFFER_SIZE"]) > 0
-    assert worker_environment(start(NPROC="4"), MACHINE, {})["OMP_NUM_THREADS"] == "16"
+    assert int(found["TORCH_FR_BUFFER_SIZE"]) > 0
+    assert worker_environment(start(NPROC="4"), MACHINE, RecoverySection(), {})["OMP_NUM_THREADS"] == "16"
 
 
 def plan(batch: int = 8, data_replicate: int = 1, data_shard: int = -1) -> Plan:
@@ -150,13 +152,15 @@ sys.exit(7)
 _LAUNCHER = """
 import os, sys
 from pathlib import Path
+from titan_yulan.config.sections import RecoverySection
 from titan_yulan.launch import _run
 from titan_yulan.plan.memory import Machine
 from titan_yulan.plan.start import Launch
 machine = Machine(0, "CPU", 1, 1)
 folder = Path(sys.argv[1])
 command = [sys.executable, "-c", sys.argv[2], str(folder / "stop")]
-print(_run(command, Launch.from_environment(machine), machine, folder, os.open(folder, os.O_RDONLY)))
+start = Launch.from_environment(machine)
+print(_run(command, start, machine, RecoverySection(), folder, os.open(folder, os.O_RDONLY)))
 """
 
 

@@ -31,15 +31,15 @@ from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.checkpoint.resume import Resume, check_data, check_model, check_resume, make_plan, run_folder
 from titan_yulan.config.model import count_parameters
-from titan_yulan.config.sections import RunConfig
+from titan_yulan.config.sections import RecoverySection, RunConfig
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.data.partition import micro_batches
 from titan_yulan.data.source import Source
 from titan_yulan.errors import UserError
-from titan_yulan.monitor.metrics import STOP_FILE, read_status, write_atomically, write_status
+from titan_yulan.monitor.metrics import read_status, write_atomically, write_status
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
-from titan_yulan.parallel.launched import death_signal, end_with_parent
+from titan_yulan.parallel.launched import STOP_FILE, death_signal, end_with_parent
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -99,7 +99,7 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
             write_atomically(resolved, configuration.to_toml(config))
             write_status(folder, "starting", 1)
         command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
-        code, stopped = _run(command, start, machine, folder, lock)
+        code, stopped = _run(command, start, machine, config.recovery, folder, lock)
     return exit_code(folder, code, stopped) if start.hosts else exit_code_elsewhere(folder, before, code, stopped)
 
 
@@ -300,33 +300,38 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
             print(f"source         {name}: {source.tokens:,} tokens, read {end / source.tokens:.2f} times by the end")
 
 
-def _run(command: list[str], start: Launch, machine: Machine, folder: Path, lock: int) -> tuple[int, bool]:
+def _run(
+    command: list[str], start: Launch, machine: Machine, recovery: RecoverySection, folder: Path, lock: int
+) -> tuple[int, bool]:
     """Run torchrun to its end; returns its exit code and whether this process was asked to stop.
 
     A signal becomes the run's stop file, which the workers look for at every step: torchrun, told itself, would report
     a failure although every worker ended well, and a worker that is still starting would die of the signal and be
-    started again. A later signal goes to torchrun, which ends the workers."""
+    started again. A second signal goes to torchrun, which gives the workers time to end; a third one kills it, and the
+    kernel tells them."""
     sys.stdout.flush()
     process = subprocess.Popen(
         command,
-        env=worker_environment(start, machine, os.environ),
+        env=worker_environment(start, machine, recovery, os.environ),
         start_new_session=True,
         pass_fds=[lock],
         preexec_fn=partial(_prepare_torchrun, death_signal(start.elastic and not start.hosts)),
     )
-    first: list[float] = []
+    requests: list[float] = []
 
     def stop(number: int, _: object) -> None:
-        if not first:
-            first.append(time.monotonic())
+        if requests and time.monotonic() - requests[-1] <= _ONE_REQUEST:
+            return
+        requests.append(time.monotonic())
+        if len(requests) == 1:
             (folder / STOP_FILE).touch()
-        elif time.monotonic() - first[0] > _ONE_REQUEST:
-            process.send_signal(signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGTERM if len(requests) == 2 else signal.SIGKILL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, stop)
     code = process.wait()
-    return code, bool(first)
+    return code, bool(requests)
 
 
 def _prepare_torchrun(number: int) -> None:

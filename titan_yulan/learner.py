@@ -140,7 +140,7 @@ class Learner:
         sum_replicated_gradients(self.decoder)
         gradient_norm = clip_gradients(self.decoder.parameters(), self.config.optimizer.max_gradient_norm)
         dist.all_reduce(totals, group=mesh.loss_group)
-        verdict, refused = self.guard.judge(totals[0] / denominator, gradient_norm)
+        verdict, refused = self.guard.judge(totals[0] / divisor, gradient_norm)
         learning_rate = self.plan.learning_rate(step)
         set_learning_rate(self.optimizer, learning_rate)
         step_unless(self.optimizer, refused)
@@ -203,8 +203,8 @@ class Learner:
         )
 
     def rehearse(self, step: int) -> None:
-        """Forward and backward on made-up rows in the shape of every phase after `step`, so that an error of memory or
-        shape comes now and not in the middle of the run.
+        """Forward and backward on made-up rows in the shape of every phase after `step` that has this layout, so that
+        an error of memory or shape comes now and not in the middle of the run.
 
         Raises:
             RunError: there is too little memory.
@@ -212,13 +212,18 @@ class Learner:
         shapes = {
             (phase.section.batch.micro_batch_size, phase.sequence_length)
             for phase in self.plan.phases
-            if phase.end.step > step
+            if phase.end.step > step and self.fits(phase)
         }
+        parallel = self.layout[0]
+        # gradients that are not reduced at once are whole on every rank, which is when most memory is needed
+        passes = (False, True) if parallel.synchronize == "last" else (True,)
         begin = time.perf_counter()
         for rows, length in sorted(shapes):
             part = self.objective.inputs(_made_up_batch(rows, length, self.world.device))
             try:
-                forward(self.decoder, self.objective, part, part.denominator).objective.backward()
+                for last in passes:
+                    synchronize_next_backward(self.decoder, parallel, last)
+                    forward(self.decoder, self.objective, part, part.denominator).objective.backward()
             except torch.OutOfMemoryError as error:
                 raise RunError(
                     f"batch.micro_batch_size: {rows} rows of {length} tokens do not fit into the memory of "

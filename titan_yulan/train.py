@@ -227,6 +227,7 @@ class Trainer:
             self._join_saver()  # the boundary's checkpoint carries the weights over to the new layout
             with self.watchdog.patient("changing the layout"):
                 self._build(phase)
+                self.learner.rehearse(self.step)
                 self.learner.load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
         self.learner.set_rope_theta(phase)
         self.recorder.phase_begins(phase, self.step)
@@ -417,7 +418,7 @@ def main() -> None:
     config = configuration.load(arguments.config).config
     end_with_parent()
     if (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        DEVICE_VARIABLE in os.environ  # the launcher has written "starting"
         and read_status(run_folder(config)).get("state") == "failed"
     ):
         process.exit_process(0)  # one rank has failed for good; the others were ended, and are not to try again

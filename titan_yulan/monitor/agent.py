@@ -26,6 +26,7 @@ from torch.distributed.launcher import api
 from titan_yulan.monitor.events import append_event
 
 _IN_VAIN = 5
+_SAVE_SECONDS = 120  # for workers that are told to end; no more, for one of them may wait for a dead peer
 _SYNC_SECONDS = 1.1  # an agent's view of the rendezvous is never older (torch keeps it for 1 s)
 # the line of a traceback that names the exception (torch puts the rank before it), or what C++ says instead
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt)\b.*|\s*what\(\):.*)$")
@@ -70,6 +71,12 @@ class ReportingAgent(LocalElasticAgent):
             append_event(self.folder, "nodes join", node=worker_group.group_rank)
             print("nodes have come or come back: the group forms anew", flush=True)
         super()._restart_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # torchrun itself gives workers 30 seconds to save when nodes join, whatever its shutdown time-out
+        if self._pcontext:
+            self._pcontext.close(signal.SIGTERM, _SAVE_SECONDS)
+        super()._stop_workers(worker_group)
 
     def _report(self, failures: list[ProcessFailure], worker_group: WorkerGroup) -> None:
         # those that torchrun itself ended after the first failure tell nothing

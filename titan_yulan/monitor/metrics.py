@@ -12,8 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-STOP_FILE = "stop"  # in the run folder: a request to save and end, looked for at every step
-
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new text, never a part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -10,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_yulan.config.sections import RecoverySection
 from titan_yulan.errors import UserError
 from titan_yulan.parallel.launched import DEATH_VARIABLE, DEVICE_VARIABLE, STARTED_VARIABLE, death_signal
 from titan_yulan.plan.memory import Machine
 
-# What torchrun (2.12 or newer; before, it is 30) gives its workers to save and end when it is signalled itself: longer
-# than the longest stretch in which they do not look, a compilation.
-_SHUTDOWN_SECONDS = 600
+# What torchrun (2.12 or newer; before, it is 30) gives its workers to save and end when it is signalled itself, beyond
+# the longest stretch in which they may not look.
+_SHUTDOWN_MARGIN = 60
 # A node counts as lost when it has not been heard of for 5 s; a group that has its least number of nodes waits 3 s for
 # more. torchrun's own settings take three quarters of a minute. Nodes may start 300 s before the one that hosts the
 # rendezvous, and wait 600 s for each other.
@@ -117,21 +119,25 @@ def torchrun_command(
     return command + (["--debug"] if debug else [])
 
 
-def worker_environment(start: Launch, machine: Machine, given: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(
+    start: Launch, machine: Machine, recovery: RecoverySection, given: Mapping[str, str]
+) -> dict[str, str]:
     """The environment of torchrun and its workers: `given`, with defaults below it and our own above it."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, machine.cores // start.processes)),
         # an NCCL error or time-out ends the process without the clean-up, which itself can hang
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         # the last collectives of every rank, for the report of a hang
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_FR_BUFFER_SIZE": "2000",
     }
+    # what lasts longer than this without progress, the workers' own watchdog has ended
+    longest = max(recovery.first_step_timeout, recovery.step_timeout)
     ours = {
         "PYTHONUNBUFFERED": "1",
         DEVICE_VARIABLE: "cuda" if machine.accelerators else "cpu",
         STARTED_VARIABLE: str(time.time()),
         DEATH_VARIABLE: str(int(death_signal(start.elastic and not start.hosts))),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_SHUTDOWN_SECONDS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(longest) + _SHUTDOWN_MARGIN),
         # every restart gets a fresh store: in a shared one, ranks find the addresses of the ranks before the restart
         # and hang when they connect (pytorch issue 135712)
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
