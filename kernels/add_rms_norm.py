@@ -32,6 +32,7 @@ from titan_yulan.kernels.rms_norm import (
     launch_sum,
     rms_norm_reference,
     row_configuration,
+    row_launch,
     scalar,
 )
 from titan_yulan.kernels.runtime import (
@@ -46,7 +47,7 @@ from titan_yulan.kernels.runtime import (
     triton,
     use_operator,
 )
-from titan_yulan.kernels.variant import Variant
+from titan_yulan.kernels.variant import Variant, aligned_variant
 
 
 def add_rms_norm(
@@ -366,34 +367,33 @@ register_sharding(torch.ops.titan_yulan.add_rms_norm_backward.default, _shard_ba
 
 
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
-    """Every kernel as it is launched in bfloat16 at this hidden size, without a multiplier of x and with a trained one.
+    """Every kernel as launched, named as in `rms_norm`, whose kernel adds the partial sums.
 
-    `_rounded` is as a published Llama runs it: rounded before the weight, without multipliers. The kernel that adds the
-    partial sums is `rms_norm`'s.
+    `_scaled` has a trained multiplier of x, `_scaled_by_constant` one without a gradient.
     """
-    block, warps = row_configuration(hidden)
-    forward = pointers(x="bf16", residual="bf16", weight="bf16", scale="fp32", x_scale="fp32", y="bf16")
+    forward = pointers(x="bf16", residual="bf16", weight="fp32", scale="fp32", x_scale="fp32", y="bf16")
     forward |= pointers(residual_out="bf16", reciprocal="fp32")
-    backward = pointers(grad_y="bf16", grad_residual_out="bf16", residual_out="bf16", reciprocal="fp32", weight="bf16")
+    backward = pointers(grad_y="bf16", grad_residual_out="bf16", residual_out="bf16", reciprocal="fp32", weight="fp32")
     backward |= pointers(scale="fp32", x="bf16", x_scale="fp32", grad_residual="bf16", grad_x="bf16", partials="fp32")
     backward |= pointers(x_scale_partials="fp32") | {"rows": "i32"}
-    row = {"N": hidden, "BLOCK": block}
-    # With less than 8 elements a thread, accesses are narrower than 16 bytes.
-    bulk = hidden % 8 == 0 and block >= 256 * warps
-    multiplier = ("x_scale", "x", "grad_x", "x_scale_partials")
+    trained = ("x", "x_scale_partials")
+    multiplier = (*trained, "x_scale", "grad_x")
     result = []
-    first, second = {"EPS": 1e-6}, {"STAGES": BACKWARD_STAGES}
-    for name, kernel, types, constants, absent in (
-        ("forward", _forward_kernel, forward, first, ("x_scale",)),
-        ("forward_scaled", _forward_kernel, forward, first, ()),
-        ("forward_rounded", _forward_kernel, forward, first, ("x_scale", "scale")),
-        ("backward", _backward_kernel, backward, second, multiplier),
-        ("backward_scaled", _backward_kernel, backward, second, ()),
-        ("backward_rounded", _backward_kernel, backward, second, (*multiplier, "scale")),
+    for name, absent in (
+        ("forward", ("x_scale",)),
+        ("forward_scaled", ()),
+        ("forward_rounded", ("x_scale", "scale")),
+        ("forward_bf16_weight", ("x_scale",)),
+        ("backward", multiplier),
+        ("backward_scaled", ()),
+        ("backward_scaled_by_constant", trained),
+        ("backward_rounded", (*multiplier, "scale")),
+        ("backward_bf16_weight", multiplier),
     ):
-        constants = constants | {"ROUND_FIRST": name.endswith("rounded")}
-        present = {argument: kind for argument, kind in types.items() if argument not in absent}
-        aligned = tuple(argument for argument in present if argument != "rows")
-        constants = row | constants | dict.fromkeys(absent)
-        result.append(Variant(name, kernel, present, constants, aligned, warps, bulk=bulk))
+        kernel, types, constants = _forward_kernel, forward, {"EPS": 1e-6}
+        if name.startswith("backward"):
+            kernel, types, constants = _backward_kernel, backward, {"STAGES": BACKWARD_STAGES}
+        types = types | pointers(weight="bf16" if name.endswith("bf16_weight") else "fp32")
+        row = {"N": hidden, "BLOCK": row_configuration(hidden)[0], "ROUND_FIRST": name.endswith("rounded")}
+        result.append(aligned_variant(name, kernel, types, row | constants, absent, **row_launch(hidden)))
     return result

@@ -31,8 +31,8 @@ import os
 import torch
 from torch import Tensor, nn
 
-from titan_yulan.kernels.runtime import Kernels, runs_triton, tl, triton, use_operator
-from titan_yulan.kernels.variant import Variant
+from titan_yulan.kernels.runtime import Kernels, pointers, runs_triton, tl, triton, use_operator
+from titan_yulan.kernels.variant import Variant, aligned_variant
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -252,17 +252,9 @@ def _maximum_and_sum(logits, VOCAB: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _write_gradient(
-    logits,
-    gradients,
-    target,
-    factor,
-    maximum,
-    total,
-    z_weight,
-    VOCAB: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, gradients, target, factor, maximum, total, z_weight,
+    VOCAB: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient of the row at `logits` to `gradients`, which may be the same place; 0 behind the vocabulary."""
     share = factor * (1.0 + 2.0 * tl.cast(z_weight, tl.float32) * (maximum + tl.log(total))) / total
     for start in range(0, WIDTH, BLOCK):
@@ -278,20 +270,9 @@ def _write_gradient(
 
 @triton.jit
 def _row_kernel(
-    logits,
-    targets,
-    factors,
-    losses,
-    maxima,
-    sums,
-    gradients,
-    z_weight,
-    VOCAB: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-    GRADIENT_STRIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits, targets, factors, losses, maxima, sums, gradients, z_weight,
+    VOCAB: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, GRADIENT_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One row. Without `losses`, m and s are given; without `gradients`, none is written.
 
     Where m and s are given, the target may be in none of the columns: -1.
@@ -355,46 +336,22 @@ def _launch(
     losses, maxima, sums = statistics.unbind()
     with torch.cuda.device_of(logits):
         _row_kernel[(rows,)](
-            logits,
-            targets,
-            factors,
-            losses if forward else None,
-            maxima,
-            sums,
-            gradients,
-            z_weight,
-            VOCAB=vocab,
-            WIDTH=width,
-            STRIDE=logits.stride(0),
-            GRADIENT_STRIDE=0 if gradients is None else gradients.stride(0),
-            BLOCK=block,
-            num_warps=warps,
-        )
+            logits, targets, factors, losses if forward else None, maxima, sums, gradients, z_weight,
+            VOCAB=vocab, WIDTH=width, STRIDE=logits.stride(0),
+            GRADIENT_STRIDE=0 if gradients is None else gradients.stride(0), BLOCK=block, num_warps=warps,
+        )  # fmt: skip
 
 
 def row_variants(vocab: int, width: int, names: tuple[str, ...], suffix: str = "") -> list[Variant]:
     """The launches named, for bfloat16 rows of `width` columns side by side in memory, `vocab` of them valid."""
     block, warps = _configuration(width)
-    result = []
-    for name in names:
-        constants: dict[str, int | None] = {
-            "VOCAB": vocab,
-            "WIDTH": width,
-            "STRIDE": width,
-            "GRADIENT_STRIDE": width,
-            "BLOCK": block,
-        }
-        types = {"logits": "*bf16", "targets": "*i64", "factors": "*fp32", "losses": "*fp32", "maxima": "*fp32"}
-        types |= {"sums": "*fp32", "gradients": "*bf16"}
-        if missing := {"forward": "gradients", "gradient": "losses"}.get(name):
-            del types[missing]
-            constants[missing] = None
-        aligned = tuple(types)
-        types["z_weight"] = "fp32"
-        # Rows whose number of columns 8 does not divide begin anywhere: 16 bytes at a time are not to be had.
-        bulk = width % 8 == 0
-        result.append(Variant(name + suffix, _row_kernel, types, constants, aligned, warps, stages=3, bulk=bulk))
-    return result
+    types = pointers(logits="bf16", targets="i64", factors="fp32", losses="fp32", maxima="fp32", sums="fp32")
+    types |= pointers(gradients="bf16") | {"z_weight": "fp32"}
+    constants = {"VOCAB": vocab, "WIDTH": width, "STRIDE": width, "GRADIENT_STRIDE": width, "BLOCK": block}
+    absent = {"forward": ("gradients",), "gradient": ("losses",), "forward_gradient": ()}
+    # Rows whose number of columns 8 does not divide begin anywhere: 16 bytes at a time are not to be had.
+    launch: dict[str, int | bool] = {"warps": warps, "stages": 3, "bulk": width % 8 == 0}
+    return [aligned_variant(n + suffix, _row_kernel, types, constants, absent[n], **launch) for n in names]
 
 
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:

@@ -179,12 +179,12 @@ def _whole_rows(
     statistics: Tensor,
     need_gradient: bool,
     use_triton: bool,
-) -> Tensor | None:
+) -> Tensor:
     """What `sharded_rows` does where this rank has all columns: both in one launch."""
     if need_gradient:
         return forward_gradient_rows(logits, vocab, targets, factors, z_weight, statistics, use_triton)
     forward_rows(logits, vocab, targets, factors, statistics, use_triton)
-    return None
+    return logits[:, :0]
 
 
 def _outer_products_(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
@@ -235,9 +235,9 @@ def _forward(
         torch.mm(h, weight.t(), out=logits[:, :vocab])
         of_rows = (targets[part], factors[part], z_weight, statistics[:, part], *how)
         gradient = _whole_rows(logits, vocab, *of_rows) if shard is None else sharded_rows(logits, shard, *of_rows)
-        if gradient is not None and need_hidden:
+        if need_hidden:
             torch.mm(gradient, weight, out=grad_hidden[part])
-        if gradient is not None and need_weight:
+        if need_weight:
             _outer_products_(grad_weight, gradient, h, first=start == 0)
     losses, maxima, sums = statistics.unbind()
     lse = maxima + sums.log()

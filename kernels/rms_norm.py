@@ -34,7 +34,7 @@ from titan_yulan.kernels.runtime import (
     triton,
     use_operator,
 )
-from titan_yulan.kernels.variant import Variant
+from titan_yulan.kernels.variant import Variant, aligned_variant
 
 MAXIMUM_SIZE = 8192  # a program holds a whole row in registers; of longer ones, some would spill to memory
 BACKWARD_STAGES = 2  # rows of the backward kernel under way: one computed, one being loaded
@@ -372,29 +372,27 @@ register_sharding(torch.ops.titan_yulan.rms_norm_forward.default, _shard_forward
 register_sharding(torch.ops.titan_yulan.rms_norm_backward.default, _shard_backward)
 
 
+def row_launch(size: int) -> dict[str, int | bool]:
+    """`Variant`'s account of a launch with a row in a block: accesses are wide with 8 elements a thread or more."""
+    block, warps = row_configuration(size)
+    return {"warps": warps, "bulk": size % 8 == 0 and block >= 256 * warps}
+
+
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
-    """Every kernel as launched in bfloat16 at this hidden size; `_rounded` before the weight, without a multiplier."""
-    block, warps = row_configuration(hidden)
-    row = {"N": hidden, "BLOCK": block}
+    """Every kernel as launched in bfloat16, with float32 weights and a scale; `_rounded`: without a scale."""
     tile = {"N": hidden, "ROWS": _SUM_ROWS, "BLOCK": _SUM_COLUMNS}
-    forward = pointers(x="bf16", weight="bf16", scale="fp32", y="bf16", reciprocal="fp32")
-    backward = pointers(
-        grad_y="bf16", x="bf16", reciprocal="fp32", weight="bf16", scale="fp32", grad_x="bf16", partials="fp32"
-    ) | {"rows": "i32"}
-    total = pointers(partials="fp32", weight="bf16", scale="fp32", grad_weight="bf16", scale_partials="fp32")
-    # With less than 8 elements a thread, accesses are narrower than 16 bytes.
-    bulk = hidden % 8 == 0 and block >= 256 * warps
     result = []
-    for name, kernel, types, constants in (
-        ("forward", _forward_kernel, forward, row | {"EPS": 1e-6}),
-        ("backward", _backward_kernel, backward, row | {"STAGES": BACKWARD_STAGES}),
-    ):
-        for suffix, absent in (("", ()), ("_rounded", ("scale",))):
-            present = {argument: kind for argument, kind in types.items() if argument not in absent}
-            values = constants | dict.fromkeys(absent) | {"ROUND_FIRST": bool(suffix)}
-            aligned = tuple(argument for argument in present if argument != "rows")
-            result.append(Variant(name + suffix, kernel, present, values, aligned, warps, bulk=bulk))
-    return [
-        *result,
-        Variant("sum", _sum_kernel, total | {"programs": "i32"}, tile, tuple(total), _SUM_WARPS, bulk=False),
-    ]
+    for suffix, w in (("", "fp32"), ("_rounded", "fp32"), ("_bf16_weight", "bf16")):
+        row = {"N": hidden, "BLOCK": row_configuration(hidden)[0], "ROUND_FIRST": suffix == "_rounded"}
+        forward = pointers(x="bf16", weight=w, scale="fp32", y="bf16", reciprocal="fp32")
+        backward = pointers(grad_y="bf16", x="bf16", reciprocal="fp32", weight=w, scale="fp32", grad_x="bf16")
+        backward |= pointers(partials="fp32") | {"rows": "i32"}
+        total = pointers(partials="fp32", weight=w, scale="fp32", grad_weight=w, scale_partials="fp32")
+        for name, kernel, types, constants, launch in (
+            ("forward", _forward_kernel, forward, row | {"EPS": 1e-6}, row_launch(hidden)),
+            ("backward", _backward_kernel, backward, row | {"STAGES": BACKWARD_STAGES}, row_launch(hidden)),
+            ("sum", _sum_kernel, total | {"programs": "i32"}, tile, {"warps": _SUM_WARPS, "bulk": False}),
+        ):
+            absent = [argument for argument in types if suffix == "_rounded" and argument.startswith("scale")]
+            result.append(aligned_variant(name + suffix, kernel, types, constants, absent, **launch))
+    return result

@@ -285,14 +285,18 @@ _register_shardings()
 
 
 def variants(hidden: int, intermediate: int, vocab: int) -> list[Variant]:
-    """Every kernel as it is launched in bfloat16 at this intermediate size, for ahead-of-time compilation."""
+    """Every kernel as launched in bfloat16 at this intermediate size, and at those of 2 and 6 tensor-parallel ranks."""
     forward = pointers(gate="bf16", up="bf16", y="bf16") | {"elements": "i32"}
     backward = pointers(grad_y="bf16", gate="bf16", up="bf16", grad_gate="bf16", grad_up="bf16") | {"elements": "i32"}
-    return [
-        Variant(
-            f"{'packed_' if columns else ''}{name}", kernel, types, {"N": columns, "BLOCK": _BLOCK},
-            tuple(types), _WARPS, bulk=columns % 8 == 0,
-        )
-        for columns in (0, intermediate)
-        for name, kernel, types in (("forward", _forward_kernel, forward), ("backward", _backward_kernel, backward))
-    ]  # fmt: skip
+    columns = {"forward": 0, "backward": 0, "packed_forward": intermediate, "packed_backward": intermediate}
+    for ranks in (2, 6):
+        if intermediate % ranks == 0:
+            columns[f"packed_forward_of_{ranks}_parts"] = columns[f"packed_backward_of_{ranks}_parts"] = (
+                intermediate // ranks
+            )
+    result = []
+    for name, n in columns.items():
+        kernel, types = (_forward_kernel, forward) if "forward" in name else (_backward_kernel, backward)
+        constants = {"N": n, "BLOCK": _BLOCK}
+        result.append(Variant(name, kernel, types, constants, tuple(types), _WARPS, bulk=n % 8 == 0))
+    return result

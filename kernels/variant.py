@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,3 +27,12 @@ class Variant:
     warps: int = 4
     stages: int = 1
     bulk: bool = field(default=True, kw_only=True)
+
+
+def aligned_variant(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], absent: Iterable[str] = (), **launch: Any
+) -> Variant:
+    """A variant whose pointers are all aligned; of `types`, the arguments `absent` are None. `launch`: `Variant`'s."""
+    present = {argument: kind for argument, kind in types.items() if argument not in absent}
+    pointers = tuple(argument for argument, kind in present.items() if kind.startswith("*"))
+    return Variant(name, kernel, present, constants | dict.fromkeys(absent), pointers, **launch)

@@ -67,11 +67,12 @@ def sharded_rows(
     statistics: Tensor,
     need_gradient: bool,
     use_triton: bool,
-) -> Tensor | None:
-    """Fill `statistics` (3, rows) with those of whole rows; return the gradient of the shard's columns if it is needed.
+) -> Tensor:
+    """Fill `statistics` (3, rows) with those of whole rows; return the gradient of the shard's columns.
 
     `logits` is (rows, width) with width >= the shard's columns; Triton writes the gradient over it. `targets` count the
-    columns of whole rows; one that no rank has makes the loss infinite. A collective call, also of an empty shard.
+    columns of whole rows; one that no rank has makes the loss infinite. A gradient not needed has no columns. A
+    collective call, also of an empty shard.
     """
     start, columns = shard.columns.start, len(shard.columns)
     here = (targets >= start) & (targets < shard.columns.stop)
@@ -86,7 +87,7 @@ def sharded_rows(
     torch.distributed.all_gather(list(parts.unbind()), own, group=shard.group)
     statistics.copy_(combine(parts, factors == 0))
     if not need_gradient or not columns:
-        return logits[:, :0] if need_gradient else None
+        return logits[:, :0]
     targets = torch.where(here, targets - start, -1)
     return gradient_rows(logits, columns, targets, factors, z_weight, statistics, use_triton)
 

@@ -54,4 +54,4 @@ def all_shards(
                 statistics.append(whole)
                 gradients.append(gradient)
     assert len(sent) == ranks
-    return statistics, [gradient for gradient in gradients if gradient is not None]
+    return statistics, gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -180,7 +181,19 @@ def test_types_of_weight_and_scale_are_their_own(device: torch.device, generator
     assert (y.dtype, dx.dtype, dw.dtype, ds.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16)
     assert ds.shape == ()
     other = results_of(lambda x, w, s: rms_norm_reference(x, w, EPS, s), (x, weight, scale), (x.float(),))
-    torch.testing.assert_close(dw, other[2])
+    torch.testing.assert_close((y, dx, dw, ds), tuple(other))
+
+
+def test_float32_weights_of_16_bit_activations(device: torch.device, generator: torch.Generator) -> None:
+    """As a model launches it: float32 weight and scale, a constant multiplier of x."""
+    x, residual, dy, ds = (normal(generator, device, torch.bfloat16, 7, 130) for _ in range(4))
+    weight, scale = normal(generator, device, torch.float32, 130), torch.tensor([0.037], device=device)
+    ours, other = (
+        results_of(lambda x, r, w, c, call=call: call(x, r, w, EPS, c, 0.19), (x, residual, weight, scale), (dy, ds))
+        for call in (partial(add_rms_norm, kernels="triton"), add_module.add_rms_norm_reference)
+    )
+    assert [tensor.dtype for tensor in ours] == [torch.bfloat16] * 4 + [torch.float32] * 2
+    torch.testing.assert_close(ours, other)
 
 
 def test_results_repeat_bit_for_bit(device: torch.device, generator: torch.Generator) -> None:
