@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     _config_option(train)
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="resume although KEY changed")
 
+    plan = _verb(verbs, "plan", "what every phase will read, how fast it learns, how it lies on the GPUs", _show_plan)
+    plan.add_argument("config", nargs="?", default="debug.toml", metavar="FILE", help="as for train --config")
+    plan.add_argument("--gpus", type=int, metavar="N", help="ranks of the run")
+    plan.add_argument("--warn-share", type=float, default=0.05, help="warn where neighbouring mixes differ by more")
+    plan.add_argument("--top", type=int, default=8, metavar="N", help="sources to show for each phase; 0: all")
+    plan.set_defaults(takes_keys=True)
+
     config = verbs.add_parser("config", help="read, check and compare configurations").add_subparsers(
         metavar="VERB", required=True
     )
@@ -171,6 +178,21 @@ def _train(options: argparse.Namespace) -> int:
     from titan_yulan.launch import launch
 
     return launch(options.config, options.overrides, options.allow_change, options.debug)
+
+
+def _show_plan(options: argparse.Namespace) -> None:
+    from titan_yulan.plan.curriculum import forecast
+    from titan_yulan.plan.picture import plan_lines
+    from titan_yulan.plan.sources import prepared_tokens
+
+    for name in ("gpus", "top", "warn_share"):
+        value, least = getattr(options, name), 1 if name == "gpus" else 0
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
+    plan = _plan(options)
+    forecasts = forecast(plan, prepared_tokens(plan.config), options.gpus)
+    for line in plan_lines(plan, forecasts, options.gpus, options.warn_share, options.top):
+        print(line)
 
 
 def _config_show(options: argparse.Namespace) -> None:

@@ -1,0 +1,56 @@
+"""The prepared sources that a run will read: which are there, and how to make those that are not. No torch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from titan_yulan.config.sections import RunConfig
+from titan_yulan.data.source import DESCRIPTION, Source
+from titan_yulan.errors import UserError
+
+
+def sources_to_read(config: RunConfig) -> list[str]:
+    """Names of the sources that the phases to train (`first_phase` and later) mix, in the order of the configuration.
+
+    The others of `[data.sources]` belong to phases that are finished, or to other files, and need not be there.
+    """
+    mixed = {name for phase in config.phases[config.first_phase :] for name, amount in phase.mix.items() if amount}
+    return [name for name in config.data.sources if name in mixed]
+
+
+def is_prepared(path: str) -> bool:
+    return (Path(path) / DESCRIPTION).exists()
+
+
+def prepared_tokens(config: RunConfig) -> dict[str, int]:
+    """Tokens of every source of the configuration that is prepared.
+
+    Raises:
+        RunError: a prepared source is damaged.
+    """
+    sections = config.data.sources.items()
+    return {name: Source.open(section.path).tokens for name, section in sections if is_prepared(section.path)}
+
+
+def check_sources_there(config: RunConfig) -> None:
+    """Everything that the phases to train read must be prepared, or have text to prepare it from.
+
+    Raises:
+        UserError: naming each source that is missing, with the command that makes it, and the tokenizer if it is.
+    """
+    tokenizer, sections, names = config.tokenizer, config.data.sources, sources_to_read(config)
+    missing = [name for name in names if not sections[name].text and not is_prepared(sections[name].path)]
+    if not missing:
+        return
+    command = ["titan-yulan", "data", "prepare", "--tokenizer", tokenizer.path]
+    lines = [
+        f"  {name}: {shlex.join([*command, '--name', name, '--output', sections[name].path])} INPUT..."
+        for name in missing
+    ]
+    if not tokenizer.train_vocab_size and not Path(tokenizer.path).exists():
+        lines.insert(0, f"  before them, the vocabulary: there is no file {tokenizer.path} (tokenizer.path)")
+    raise UserError(
+        f"{len(missing)} of {len(names)} sources are not prepared and have no text to be made from. Make each with the "
+        "command after its name, or correct its [data.sources.NAME] path:\n" + "\n".join(lines)
+    )
