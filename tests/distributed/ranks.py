@@ -31,8 +31,9 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, limit: 
     """
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # gloo ranks, also where there is a GPU
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
             ranks = [
                 context.Process(target=_run, args=(function, rank, world, folder, arguments), daemon=True)
@@ -41,7 +42,8 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, limit: 
             for rank in ranks:
                 rank.start()
         finally:
-            os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
         hung = _join(ranks, limit)
         problems = [f"rank {i} hung and was killed" for i in hung]
         for i, rank in enumerate(ranks):

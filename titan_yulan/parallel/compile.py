@@ -34,9 +34,10 @@ _RECOMPILE_LIMIT = 64
 # part of a guard's text -> what to do about it; of several that fit, the first counts
 _REMEDIES = {
     "size mismatch": "pad every micro-batch and validation batch to the same rows and sequence length",
-    "grad_mode": "run validation once before the first step",
     "requires_grad": "freeze or unfreeze parameters before the first step",
     "dtype mismatch": "keep the compute type constant",
+    # last: after a validation every report names its graph too, whatever the cause
+    "grad_mode": "run validation once before the first step",
 }
 _GUARD = re.compile(r"(?:- )?\S*\d+/\d+\S*: (.+?)(?:\s{2,}#.*|\. Guard failed on a parameter.*)?")
 _OTHER_REMEDY = "keep this value constant after the first steps, or set compile.enabled = false"
