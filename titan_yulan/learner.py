@@ -140,6 +140,8 @@ class Learner:
         sum_replicated_gradients(self.decoder)
         gradient_norm = clip_gradients(self.decoder.parameters(), self.config.optimizer.max_gradient_norm)
         dist.all_reduce(totals, group=mesh.loss_group)
+        if step == phase.start.step:
+            self.guard.forget()
         verdict, refused = self.guard.judge(totals[0] / divisor, gradient_norm)
         learning_rate = self.plan.learning_rate(step)
         set_learning_rate(self.optimizer, learning_rate)

@@ -91,7 +91,7 @@ class Trainer:
             write_status(self.folder, "running", 1)
             for leftover in remove_leftovers(self.folder / "checkpoints"):
                 self.say(f"removed {leftover}: a save that did not finish")
-        dist.barrier()
+        dist.barrier(group=world.host)  # nothing on the devices before they were looked at
         check_nodes(world, self.say)
         self.saver = Saver(self.folder / "checkpoints", world, config.checkpoint, partial(self._tell, "checkpoint"))
         self.tokenizer = Tokenizer.load(Path(config.tokenizer.path))
@@ -104,6 +104,7 @@ class Trainer:
             self.say(notice)
         self.step = self.resume.step
         self.recovery = Recovery(config.recovery, self.plan, self.folder, world.is_main)
+        self.recovery.recall(world)
         self._open_held_out()
         self.compilations, self.step_times = CompileWatch(), StepTimes(world)
         self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say)
@@ -164,8 +165,10 @@ class Trainer:
         if checkpoint is not None:
             self.learner.load(checkpoint)
             self.recovery.resume(checkpoint.state().skipped)
-        elif start:
-            self.learner.load(open_checkpoint(Path(start)))
+        else:
+            self.recovery.resume(())
+            if start:
+                self.learner.load(open_checkpoint(Path(start)))
         self.step = self.plan.phases[0].start.step if checkpoint is None else checkpoint.step
         self.saved_step = self.step
 
@@ -177,7 +180,7 @@ class Trainer:
         self.recorder = Recorder(self.config, self.plan, self.folder, resumed, self.world, self.recovery)
         try:
             return self._train_all()
-        except RunError:
+        except (UserError, OSError):
             self._join_saver()  # what was sound when it was saved is kept
             raise
 
@@ -300,6 +303,7 @@ class Trainer:
         self.recorder.flush()
         if self.world.agree(int(self.recorder.has_validation(self.step))):
             return
+        self.learner.set_rope_theta(self._last_phase())  # also where this start has gone on to the next one
         with self.watchdog.patient("validation"):
             sums, tokens = self.learner.validate(self.held_out, self.held_out_tapes, between=self._poll)
             self.recorder.validation(self.step, sums, tokens)

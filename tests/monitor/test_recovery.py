@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from titan_yulan.config.sections import RecoverySection
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.errors import RunError
 from titan_yulan.monitor.events import read_events
-from titan_yulan.monitor.recovery import LEFT_OUT, GoBack, Recovery
+from titan_yulan.monitor.recovery import LEFT_OUT, LEFT_OUT_FILE, GoBack, Recovery
 from titan_yulan.optimizer.guard import FINE, NOT_FINITE, SPIKE
 
 PLAN = Plan(configuration(phase("a", "3000 steps", {"code": 1.0}, batch=4), phase("b", "3000 steps", {"code": 1.0})))
@@ -99,3 +100,10 @@ def test_going_back_keeps_what_is_to_be_left_out_and_forgets_what_will_be_judged
     recovery.resume([2])  # the checkpoint is of step 7
     assert recovery.skipped == [2, 9]
     assert [recovery.leaves_out(step) for step in (8, 9)] == [False, True]
+
+
+def test_a_rollback_decided_by_an_earlier_start_still_holds(tmp_path: Path) -> None:
+    see(make(tmp_path, non_finite="rollback"), (6, NOT_FINITE))
+    assert json.loads((tmp_path / LEFT_OUT_FILE).read_text()) == [6]
+    see(make(tmp_path / "other", is_main=False, non_finite="rollback"), (6, NOT_FINITE))
+    assert not (tmp_path / "other").exists()  # only the main rank writes

@@ -101,3 +101,14 @@ def test_a_level_that_stays_is_warned_of_once_in_a_while_only() -> None:
     guard = filled("warn")
     verdicts = [judge(guard, 20.0 + 0.1 * (i % 2), 1.0)[0] for i in range(3 * SIZE)]
     assert verdicts[0] == SPIKE and verdicts[SIZE:] == [FINE] * (2 * SIZE)
+
+
+def test_a_new_phase_is_not_compared_with_the_one_before() -> None:
+    guard = Guard(RecoverySection(spike="skip", spike_window=SIZE), CPU)
+    for _ in range(SIZE):
+        assert judge(guard, 2.2, 1.0) == (FINE, False)
+    assert judge(guard, 2.6, 1.0) == (SPIKE, True)
+    guard.forget()
+    for _ in range(SIZE):
+        assert judge(guard, 2.6, 1.0) == (FINE, False)
+    assert judge(guard, 2.7, 1.0) == (SPIKE, True)

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.layouts import LENGTH, MICRO_BATCH, MODEL, TAPES, Case, make_learner
+from tests.distributed.layout_cases import LENGTH, MICRO_BATCH, MODELS, TAPES, Case, make_learner
 from tests.distributed.ranks import run_ranks
 from titan_yulan.parallel.process import World
 
 RANKS = 2
+MODEL = MODELS["plain"]
 CASES = [
     Case(RANKS, "FSDP", {}),
     Case(RANKS, "FSDP", {}, checkpointing="full"),

@@ -12,6 +12,7 @@ the host, some steps later and at the same step on all ranks, and the run is end
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -19,15 +20,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from titan_yulan.config.sections import RecoverySection
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.errors import RunError
 from titan_yulan.monitor.events import append_event
+from titan_yulan.monitor.metrics import write_atomically
 from titan_yulan.optimizer.guard import FINE, NOT_FINITE, SPIKE
+from titan_yulan.parallel.process import World
 
 # Beside the guard's verdicts: the step was not judged, its rows were left out on purpose.
 LEFT_OUT = 3
 _REASONS = {SPIKE: "spike", NOT_FINITE: "not finite", LEFT_OUT: "rollback"}
+
+# In the run folder: the steps that a rollback has decided to leave out.
+LEFT_OUT_FILE = "left_out.json"
 
 _MEMORY = 1000  # steps within which `max_skips` counts
 
@@ -44,6 +52,13 @@ class Recovery:
         self._tries: Counter[int] = Counter()
         self._left_out: set[int] = set()
         self._skipped: set[int] = set()
+
+    def recall(self, world: World) -> None:
+        """Take over what an earlier start on this run folder has decided to leave out; all ranks together."""
+        file = self._folder / LEFT_OUT_FILE
+        decided = [json.loads(file.read_text(encoding="utf-8")) if world.is_main and file.exists() else []]
+        dist.broadcast_object_list(decided, src=0, group=world.host)
+        self._left_out = set(decided[0])
 
     @property
     def skipped(self) -> list[int]:
@@ -104,6 +119,9 @@ class Recovery:
         if policy == "skip":
             return None
         self._left_out.add(step)
+        if self._main:
+            # before anything is trained again: the decision must outlive this start, not only the next checkpoint
+            write_atomically(self._folder / LEFT_OUT_FILE, json.dumps(sorted(self._left_out)))
         return GoBack()
 
     def _report(self, line: dict[str, Any], reason: str, policy: str, what: str) -> None:

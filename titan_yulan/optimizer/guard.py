@@ -20,8 +20,8 @@ FINE, SPIKE, NOT_FINITE = 0, 1, 2
 class Guard:
     """The window of the newest accepted steps and the verdicts against it; nothing here waits for the device.
 
-    A step is accepted if its update is made: also a spike that is only warned of, so that a new level is not
-    complained about for ever.
+    A phase begins with an empty window: its mixture may move the mean further than any spike. A step is accepted if its
+    update is made: also a spike that is only warned of, so that a new level is not complained about for ever.
     """
 
     def __init__(self, section: RecoverySection, device: torch.device) -> None:
@@ -35,6 +35,10 @@ class Guard:
     def tensors(self) -> dict[str, Tensor]:
         """The very tensors of the state, the same on every rank, for saving and loading."""
         return {"window": self._window, "accepted": self._accepted}
+
+    def forget(self) -> None:
+        """Empty the window: what comes is of another mixture or length, and not to be compared with what was."""
+        self._accepted.zero_()
 
     @torch.no_grad()
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> tuple[Tensor, Tensor]:
