@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.checkpoint.making import make_checkpoint, make_state
 from titan_yulan.checkpoint import layout
@@ -167,12 +169,66 @@ def test_what_is_not_hashed_is_still_measured(tmp_path: Path) -> None:
         assert sum("SHA-256 differs" in line for line in found) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}'])
+_HASH = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"files": []}',
+        '{"files": {"a": 3}}',
+        f'{{"files": {{"a": {{"size": "3", "sha256": "{_HASH}"}}}}}}',
+        f'{{"files": {{"a": {{"size": -3, "sha256": "{_HASH}"}}}}}}',
+        f'{{"files": {{"a": {{"size": true, "sha256": "{_HASH}"}}}}}}',
+        f'{{"files": {{"a": {{"sizd": 3, "sha256": "{_HASH}"}}}}}}',
+        f'{{"files": {{"a": {{"size": 3, "sha256": "{_HASH[1:]}"}}}}}}',
+        f'{{"files": {{"../a": {{"size": 3, "sha256": "{_HASH}"}}}}}}',
+        f'{{"sha256": "{_HASH}", "files": {{}}}}',
+        '{"sha256": null, "files": {}}',
+    ],
+)
 def test_a_damaged_manifest_is_damage(tmp_path: Path, text: str) -> None:
     made = make_checkpoint(tmp_path, 1)
     (made.path / "manifest.json").write_text(text)
     (problem,) = layout.find_damage(made)
     assert problem.startswith(f"{made.path / 'manifest.json'} cannot be read")
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_one_flipped_bit_of_a_manifest_is_found_or_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    made = Checkpoint(layout.step_folder(folder, 1), 1) if folder.exists() else make_checkpoint(folder, 1)
+    path = made.path / "manifest.json"
+    original, files = path.read_bytes(), made.manifest()
+    content = bytearray(original)
+    content[data.draw(st.integers(0, len(original) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        path.write_bytes(content)
+        assert layout.find_damage(made) or made.manifest() == files
+        assert layout.newest_readable(folder, lambda _: None) in (made, None)
+    finally:
+        path.write_bytes(original)
+
+
+def test_every_bit_of_an_older_manifest_too(tmp_path: Path) -> None:
+    """Those had no hash of their table; the files' own hashes find most of it, and nothing raises."""
+    made = make_checkpoint(tmp_path, 1)
+    path, files = made.path / "manifest.json", made.manifest()
+    original = json.dumps({"format": 1, "files": files}).encode()
+    path.write_bytes(original)
+    assert layout.find_damage(made) == [] and made.manifest() == files
+    for place in range(8 * len(original)):
+        content = bytearray(original)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        assert layout.find_damage(made) or made.manifest() == files
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"step": 1, "surprise": 2}', "[]"])

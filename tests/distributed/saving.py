@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import resource
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,7 @@ def protocol(world: World, folder: Path) -> dict[str, Any]:
     save(world, folder, 4, keep=2)
     dist.barrier()
     found["after 4"] = [(c.step, bool(find_damage(c))) for c in find_checkpoints(folder)]
+    found["again"] = _save_again(world, folder)
     chosen = store.newest_good(folder, world, lines.append)
     assert chosen is not None
     loaded = make_tensors(world, 0)
@@ -92,6 +94,42 @@ def protocol(world: World, folder: Path) -> dict[str, Any]:
     empty = folder / "nothing"
     found["nothing"] = store.newest_good(empty, world, lines.append)
     return found
+
+
+def _save_again(world: World, folder: Path) -> dict[str, tuple[bool, bool, list[str]]]:
+    """A step that is saved already, as it is; with a state that rank 0 alone cannot read; and where a file cannot be
+    deleted. For each: whether the manifest is the same file as before, whether all is sound, and what is left over."""
+    path = step_folder(folder, 4)
+
+    def outcome() -> tuple[bool, bool, list[str]]:
+        dist.barrier()
+        before = (path / MANIFEST).stat().st_ino, (path / MANIFEST).stat().st_mtime_ns
+        dist.barrier()
+        save(world, folder, 4, keep=2)
+        dist.barrier()
+        after = (path / MANIFEST).stat().st_ino, (path / MANIFEST).stat().st_mtime_ns
+        sound = not find_damage(Checkpoint(path, 4))
+        hidden = sorted(item.name for item in path.iterdir() if item.name.startswith("."))
+        dist.barrier()
+        return before == after, sound, hidden
+
+    found = {"as it is": outcome()}
+    read, delete = Checkpoint.state, shutil.rmtree
+    if world.is_main:
+        Checkpoint.state = _unreadable  # type: ignore[method-assign]
+    found["unreadable state"] = outcome()
+    if world.is_main:
+        (path / ".nfs0001").write_text("open elsewhere")
+        shutil.rmtree = lambda *_, **__: None  # type: ignore[assignment]
+    found["a file that stays"] = outcome()
+    Checkpoint.state, shutil.rmtree = read, delete  # type: ignore[method-assign]
+    dist.barrier()
+    (path / ".nfs0001").unlink(missing_ok=True)
+    return found
+
+
+def _unreadable(checkpoint: Checkpoint) -> NoReturn:
+    raise RunError(f"{checkpoint.path} cannot be read")
 
 
 class Planted:
@@ -128,3 +166,17 @@ def _messages(world: World, checkpoint: Checkpoint) -> list[str]:
         except RunError as error:
             messages.append(str(error))
     return messages
+
+
+def die_while_loading(world: World, folder: Path) -> None:
+    """Rank 1 ends in the middle of a load, without a word; rank 0 writes down what it met."""
+    save(world, folder, 1)
+    (checkpoint,) = find_checkpoints(folder)
+    tensors = make_tensors(world, 0)
+    if world.rank == 1:
+        store.CheckedReader.read_data = lambda *_: os._exit(7)  # type: ignore[method-assign]
+    try:
+        store.load(checkpoint, tensors, world.host)
+    except BaseException as error:
+        (folder / "met").write_text(type(error).__name__)
+        raise

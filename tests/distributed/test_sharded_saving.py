@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.distributed import saving
+from tests.distributed.ranks import run_ranks
 
 Saved = list[dict[str, Any]]
 
@@ -48,6 +52,22 @@ def test_a_step_whose_checkpoint_is_damaged_is_saved_anew(saved: Saved) -> None:
     assert dict(saved[0]["after 4"]) == {3: False, 4: False}
 
 
+def test_a_step_that_is_saved_already_is_left_as_it_is(saved: Saved) -> None:
+    for rank in saved:
+        assert rank["again"]["as it is"] == (True, True, [".metadata"])
+
+
+def test_what_one_rank_cannot_read_of_it_is_saved_anew_by_all(saved: Saved) -> None:
+    for rank in saved:
+        assert rank["again"]["unreadable state"] == (False, True, [".metadata"])
+
+
+def test_a_file_that_cannot_be_deleted_is_no_hindrance(saved: Saved) -> None:
+    """NFS keeps a file that is open elsewhere under another name, and with it the folder."""
+    for rank in saved:
+        assert rank["again"]["a file that stays"] == (False, True, [".metadata", ".nfs0001"])
+
+
 def test_damaged_checkpoints_of_later_steps_take_no_place_of_those_kept(saved: Saved) -> None:
     assert saved[0]["after 3"] == [(3, False), (4, True)]
 
@@ -67,3 +87,10 @@ def test_another_model_is_refused_by_name_and_shape(saved: Saved) -> None:
 
 def test_an_empty_folder_holds_no_checkpoint(saved: Saved) -> None:
     assert [rank["nothing"] for rank in saved] == [None, None]
+
+
+def test_a_rank_killed_while_loading_is_a_crash_of_the_others(tmp_path: Path) -> None:
+    """No word against the checkpoint: a `RunError` would end the run for good; a crash lets torchrun start again."""
+    with pytest.raises(AssertionError, match="rank 1 ended with code 7"):
+        run_ranks(saving.die_while_loading, 2, tmp_path)
+    assert (tmp_path / "met").read_text() == "RuntimeError"

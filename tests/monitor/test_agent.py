@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.agent.server import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from titan_yulan.monitor import agent
-from titan_yulan.monitor.agent import ReportingAgent, explain
+from titan_yulan.monitor.agent import ReportingAgent, explain, last_step
 from titan_yulan.monitor.events import read_events
 
 # attempt 0: rank 1 raises; attempt 1: rank 0 is killed; attempt 2: both end well
@@ -133,3 +135,44 @@ def test_workers_that_ended_because_a_node_joins_are_not_the_end_of_the_run(node
     handler = SimpleNamespace(num_nodes_waiting=lambda: waiting)
     group: Any = SimpleNamespace(group_world_size=nodes, spec=SimpleNamespace(rdzv_handler=handler))
     assert object.__new__(ReportingAgent)._monitor_workers(group).state == state
+
+
+def test_progress_is_the_step_reached_not_the_length_of_what_was_written(tmp_path) -> None:
+    """Losses have other digits at every attempt, and what is left after the last complete line does not count."""
+    watching, record = object.__new__(ReportingAgent), tmp_path / "metrics.jsonl"
+    watching.folder = tmp_path
+    losses = iter((3.25, 3.125, 0.1, 1 / 3, 7.0, 0.5, 2 / 7, 1e-9, 1.5, 2.5))
+
+    def fails_at(step: int) -> bool:
+        lines = [json.dumps({"step": done, "loss": next(losses)}) + "\n" for done in (step - 1, step) if done > 0]
+        record.write_text("".join(lines) + json.dumps({"step": step + 1})[:-1])
+        return watching._failed_in_vain()
+
+    assert [fails_at(step) for step in (12, 12, 12, 9, 12)] == [False, False, False, False, True]
+    losses = iter([0.1] * 20)
+    assert [fails_at(step) for step in (13, 13, 13, 13, 14, 14, 14, 14, 14)] == [False] * 8 + [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ("", 0),
+        ('{"step": 7}', 0),
+        ('{"step": 7}\n', 7),
+        ('{"step": 7}\n{"st\n{"step": 9', 7),
+        ('{"step": 7}\n[]\n{}\n', 7),
+        ('{"step": 1, "note": "' + "x" * 100_000 + '"}\n{"step": 2}\n', 2),
+    ],
+)
+def test_the_last_step_is_that_of_the_last_complete_line(text: str, step: int, tmp_path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert last_step(tmp_path / "metrics.jsonl") == step
+    assert last_step(tmp_path / "missing") == 0
+
+
+def test_a_full_disk_does_not_end_the_agent(tmp_path, capsys) -> None:
+    watching = object.__new__(ReportingAgent)
+    watching.folder, watching._pcontext, watching._remaining_restarts = tmp_path / "missing", None, 3
+    group: Any = SimpleNamespace(workers=[SimpleNamespace(global_rank=4)])
+    watching._report([ProcessFailure(local_rank=0, pid=1, exitcode=3, error_file=os.devnull)], group)
+    assert "rank 4" in (said := capsys.readouterr().out) and "3 restart(s) left" in said

@@ -5,7 +5,7 @@
         .metadata           where each tensor lies (a pickle: read only after its hash was checked)
         state.json          position, tapes, fingerprints (`TrainerState`)
         config.toml         the resolved configuration
-        manifest.json       size and SHA-256 of every other file; renamed into place last
+        manifest.json       size and SHA-256 of every other file, and a SHA-256 of that table; renamed into place last
 
 A folder without a manifest is not a checkpoint: it is a save that did not finish.
 """
@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ CONFIG = "config.toml"
 
 # Of so many files of tensors, verify = "sample" reads one.
 _SAMPLED = 8
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Checkpoint:
             RunError: the manifest is damaged.
         """
         try:
-            return json.loads((self.path / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return _parse_manifest((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise RunError(f"{self.path / MANIFEST} cannot be read ({error})") from error
 
     def state(self) -> TrainerState:
@@ -82,6 +84,35 @@ class Checkpoint:
             return TrainerState(**json.loads((self.path / STATE).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{self.path / STATE} cannot be read ({error})") from error
+
+
+def _parse_manifest(text: str) -> dict[str, dict]:
+    """The table of files in a manifest; one without a hash of its table was written by an older version.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    content = json.loads(text)
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("it has no table of files")
+    for name, entry in files.items():
+        if Path(name).name != name or not _is_summary(entry):
+            raise ValueError(f"its entry for {name!r} is damaged")
+    if content.get("sha256", _hash_table(files)) != _hash_table(files):
+        raise ValueError("it is damaged: its SHA-256 differs from that of its table")
+    return files
+
+
+def _is_summary(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
+        return False
+    size, digest = entry["size"], entry["sha256"]
+    return type(size) is int and size >= 0 and isinstance(digest, str) and bool(_SHA256.fullmatch(digest))
+
+
+def _hash_table(files: dict[str, dict]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -93,7 +124,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     found = [
         Checkpoint(path, int(path.name.removeprefix("step-")))
         for path in folder.glob("step-*")
-        if path.name.removeprefix("step-").isdigit() and (path / MANIFEST).is_file()
+        if path.name.removeprefix("step-").isdecimal() and (path / MANIFEST).is_file()
     ]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -206,10 +237,11 @@ def commit(path: Path, files: dict[str, dict], state: TrainerState, config_toml:
         if size != expected["size"]:
             raise RunError(f"{path / name} has {size} bytes after writing {expected['size']}; is the disk full?")
     temporary = path / (MANIFEST + ".tmp")
-    _write_durably(temporary, json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=2))
+    manifest = {"format": 1, "sha256": _hash_table(files), "files": dict(sorted(files.items()))}
+    _write_durably(temporary, json.dumps(manifest, indent=2))
     temporary.rename(path / MANIFEST)
     for folder in (path, path.parent):
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -219,7 +251,8 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make new names and renames in a folder survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +23,9 @@ from titan_yulan.checkpoint.layout import Checkpoint, TrainerState
 from titan_yulan.errors import RunError, explain_os_error
 from titan_yulan.parallel.process import World
 
+# What a disk or a network says that may be well a moment later, or on another node.
+_PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
 
 def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml: str, world: World, keep: int) -> Path:
     """Write a checkpoint of `state.step`; on return it is complete and durable on all ranks' view of the disk.
@@ -32,7 +38,7 @@ def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml
         RunError: on every rank, if any rank could not write; the half-written folder is removed, nothing else is.
     """
     path = layout.step_folder(folder, state.step)
-    if world.agree(int(world.is_main and _is_saved(path, state))):
+    if _is_saved(path, state, world):
         return path
     error = _attempt(world, path, lambda: _prepare(path) if world.is_main else None)
     writer = HashingWriter(path)
@@ -52,16 +58,28 @@ def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml
     return path
 
 
-def _is_saved(path: Path, state: TrainerState) -> bool:
-    """Whether a sound checkpoint of the same rows is there; skipped rows make another one of the same step."""
+def _is_saved(path: Path, state: TrainerState, world: World) -> bool:
+    """Whether a sound checkpoint of the same rows is there, to all ranks alike; skipped rows make another one of the
+    same step."""
     checkpoint = Checkpoint(path, state.step)
-    return not layout.find_damage(checkpoint) and replace(checkpoint.state(), versions=state.versions) == state
+    # rank 0 looks, in a way that never raises: what its own disk says must not keep it from the others
+    if not world.agree(int(world.is_main and os.path.isfile(path / layout.MANIFEST))):
+        return False
+    if find_damage_together(checkpoint, world):
+        return False
+    try:
+        same = replace(checkpoint.state(), versions=state.versions) == state
+    except RunError:
+        same = False
+    return bool(world.agree(int(world.is_main and same)))
 
 
 def _prepare(path: Path) -> None:
+    """An own folder for the save. What cannot be removed from it, such as a file that is still open on NFS, may stay:
+    without a manifest it is no checkpoint, and the new one names its files."""
     if path.exists():
         layout.remove(path)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _write(tensors: dict[str, Any], writer: HashingWriter, world: World) -> None:
@@ -88,7 +106,7 @@ def _attempt(world: World, path: Path, action: Callable[[], Any]) -> str | None:
 
 
 def explain(error: BaseException, path: Path) -> str:
-    """One line about a failure to write or read `path`; DCP wraps the ranks' own exceptions."""
+    """One line about a failure to write `path`; DCP wraps the ranks' own exceptions."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
@@ -158,7 +176,8 @@ def read_tensors(
     """Fill the given tensors, whose names and shapes are known to be there; without a group: in this process alone.
 
     Raises:
-        RunError: a file cannot be read.
+        RunError: a file says that it cannot be read, here or (of a group) on another rank. Anything else, such as the
+            loss of a peer, is a crash, which a restart may mend.
     """
     try:
         with warnings.catch_warnings():
@@ -170,7 +189,28 @@ def read_tensors(
                 no_dist=process_group is None,
             )
     except (Exception, CheckpointException) as error:  # the latter is a BaseException
-        raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {explain(error, checkpoint.path)}") from error
+        reason = why_unreadable(error)
+        if reason is None:
+            raise
+        raise RunError(f"checkpoint {checkpoint.path} cannot be loaded: {reason}") from error
+
+
+def why_unreadable(error: BaseException) -> str | None:
+    """What an error of loading says against the checkpoint's files, in a line; None if it says nothing of them.
+
+    torch.distributed.checkpoint raises what failed on any rank in one exception on every rank, so all agree.
+    """
+    if isinstance(error, CheckpointException):
+        reasons = (why_unreadable(failure) for failure, _ in error.failures.values())
+        return next((reason for reason in reasons if reason is not None), None)
+    if isinstance(error, OSError):
+        speaks = not isinstance(error, (ConnectionError, TimeoutError)) and error.errno not in _PASSING
+    else:
+        # torch's reader of archives has no exception of its own
+        speaks = isinstance(error, (RunError, ValueError, EOFError, pickle.UnpicklingError)) or (
+            isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
+        )
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}" if speaks else None
 
 
 def read_index(checkpoint: Checkpoint) -> Metadata:
@@ -178,10 +218,13 @@ def read_index(checkpoint: Checkpoint) -> Metadata:
 
     Raises:
         RunError: the file is missing, or not the one in the manifest.
+        OSError: it could not be read this time.
     """
     try:
         return CheckedReader(checkpoint).read_metadata()
     except OSError as error:
+        if why_unreadable(error) is None:
+            raise
         raise RunError(f"{checkpoint.path / layout.INDEX} cannot be read ({error})") from error
 
 

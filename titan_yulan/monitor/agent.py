@@ -8,13 +8,16 @@ extended here (of `torch.distributed.elastic.agent.server.SimpleElasticAgent`) a
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerState
@@ -24,6 +27,8 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
 
 from titan_yulan.monitor.events import append_event
+from titan_yulan.monitor.metrics import read_status, write_status
+from titan_yulan.parallel.launched import AGENT_VARIABLE
 
 _IN_VAIN = 5
 _SAVE_SECONDS = 120  # for workers that are told to end; no more, for one of them may wait for a dead peer
@@ -48,11 +53,11 @@ class ReportingAgent(LocalElasticAgent):
             hosts = [store.get(f"titan_yulan/host/{i}").decode() for i in range(nodes)]
             world = worker_group.workers[0].world_size
             restarts = worker_group.spec.max_restarts - self._remaining_restarts
-            append_event(self.folder, "group", world=world, nodes=nodes, hosts=hosts, restarts=restarts)
             if restarts or nodes > 1:
                 print(
                     f"group of {world} rank(s) on {nodes} node(s): {', '.join(hosts)}; restart {restarts}", flush=True
                 )
+            _record(self.folder, "group", world=world, nodes=nodes, hosts=hosts, restarts=restarts)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
@@ -68,8 +73,12 @@ class ReportingAgent(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         if worker_group.state == WorkerState.HEALTHY:
-            append_event(self.folder, "nodes join", node=worker_group.group_rank)
+            _record(self.folder, "nodes join", node=worker_group.group_rank)
             print("nodes have come or come back: the group forms anew", flush=True)
+            self._stop_workers(worker_group)
+            if read_status(self.folder).get("state") == "stopped":
+                # "stopped" would send a group that never begins around for ever
+                write_status(self.folder, "starting", 1)
         super()._restart_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -90,20 +99,35 @@ class ReportingAgent(LocalElasticAgent):
         if self._failed_in_vain():
             print(f"{_IN_VAIN} failures in a row without a new step: no more restarts", flush=True)
             self._remaining_restarts = 0
-        append_event(self.folder, "failure", workers=workers, restarts_left=self._remaining_restarts)
         print(f"{self._remaining_restarts} restart(s) left", flush=True)
+        _record(self.folder, "failure", workers=workers, restarts_left=self._remaining_restarts)
 
     def _failed_in_vain(self) -> bool:
-        """Whether the record of steps stands where it stood at the failures before; an elastic run has so many restarts
-        that a failure which comes every time would keep its machines for hours."""
-        record = self.folder / "metrics.jsonl"
-        progress = record.stat().st_size if record.exists() else 0
-        self._futile = self._futile + 1 if progress == self._progress else 1
-        self._progress = progress
+        """Whether the run came no further than at the failures before; an elastic run has so many restarts that a
+        failure which comes every time would keep its machines for hours."""
+        step = last_step(self.folder / "metrics.jsonl")
+        self._futile = 1 if step > self._progress else self._futile + 1
+        self._progress = max(step, self._progress)
         return self._futile >= _IN_VAIN
 
     def _stderr(self, local_rank: int) -> Path:
         return Path(self._pcontext.stderrs[local_rank]) if self._pcontext else Path(os.devnull)
+
+
+def _record(folder: Path, kind: str, **details: Any) -> None:
+    """An event, where there is room for it: a full disk must not end the agent, which has printed the same."""
+    with suppress(OSError):
+        append_event(folder, kind, **details)
+
+
+def last_step(record: Path) -> int:
+    """Of `metrics.jsonl`, the step of the last complete line; 0 if there is none."""
+    for line in reversed(_tail(record).split("\n")[:-1]):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0
 
 
 def explain(exit_code: int, stderr: Path) -> str:
@@ -136,13 +160,14 @@ def _tail(path: Path, size: int = 2**16) -> str:
 def main() -> None:
     """Run torchrun with our agent in the place of its own."""
     folder, *arguments = sys.argv[1:]
+    os.environ[AGENT_VARIABLE] = str(os.getpid())
     ReportingAgent.folder = Path(folder)
     api.LocalElasticAgent = ReportingAgent
     try:
         torchrun.main(arguments)
     except RendezvousError as error:
         reason = f"{type(error).__name__}: {error}"
-        append_event(Path(folder), "no group", reason=reason)
+        _record(Path(folder), "no group", reason=reason)
         sys.exit(
             f"ERROR: no group of nodes could form: the node with NODE_RANK=0, which hosts the rendezvous, is gone or "
             f"cannot be reached, or too few nodes came in time ({reason})"

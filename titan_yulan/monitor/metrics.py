@@ -12,14 +12,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from titan_yulan.checkpoint.layout import sync_folder
+
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new text, never a part."""
+    """Replace a file so that a reader sees the old or the new text, never a part, also after a crash of the machine."""
     # nodes share run folders, and containers on them have the same process ids
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name with nothing in it
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
