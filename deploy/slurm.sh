@@ -51,17 +51,17 @@ node='
 export NODE_RANK="$SLURM_NODEID"
 ./run_train.sh "$@" &
 pid=$!
-trap "kill -USR1 $pid 2>/dev/null" USR1 TERM
-wait "$pid"; code=$?
-while kill -0 "$pid" 2>/dev/null; do wait "$pid"; code=$?; done
+trap "told=1; kill -USR1 $pid 2>/dev/null" USR1 TERM
+told=1 # a signal ends wait, not what it waits for, whose true code the next wait tells
+while [ -n "$told" ]; do told=; wait "$pid"; code=$?; done
 [ "$NODE_RANK" != 0 ] || echo "$code" >"$CODE_FILE"
 exit "$code"'
 srun --kill-on-bad-exit=0 bash -c "$node" node "$@" &
 srun=$!
-trap 'echo "stopping: a signal came"; kill -USR1 "$srun" 2>/dev/null' USR1 TERM
-wait "$srun"
-code=$?
-while kill -0 "$srun" 2>/dev/null; do # a signal ends `wait`, not srun
+told=1
+trap 'told=1; echo "stopping: a signal came"; kill -USR1 "$srun" 2>/dev/null' USR1 TERM
+while [ -n "$told" ]; do # a signal ends `wait`, not srun, whose true code the next `wait` tells
+    told=
     wait "$srun"
     code=$?
 done

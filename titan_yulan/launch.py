@@ -9,19 +9,15 @@ signal), so the code of this process comes from the run's `status.json`:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import importlib.util
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +28,24 @@ from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.checkpoint.resume import Resume, check_data, check_model, check_resume, make_plan, run_folder
 from titan_yulan.config.model import count_parameters
 from titan_yulan.config.sections import RecoverySection, RunConfig
-from titan_yulan.curriculum.plan import Plan
+from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.data.partition import micro_batches
+from titan_yulan.data.prepare import say_now
 from titan_yulan.data.source import Source
-from titan_yulan.errors import UserError
+from titan_yulan.errors import RunError, UserError
 from titan_yulan.monitor.metrics import read_status, write_atomically, write_status
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
-from titan_yulan.parallel.launched import STOP_FILE, death_signal, end_with_parent
+from titan_yulan.parallel.launched import (
+    STOP_FILE,
+    Stopped,
+    StopSignals,
+    death_signal,
+    only_start,
+    prepare_torchrun,
+    wait_for_workers,
+    workers_lock,
+)
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -49,10 +55,11 @@ from titan_yulan.plan.memory import (
     inspect_machine,
     ranks_that_fit,
 )
-from titan_yulan.plan.start import Launch, torchrun_command, worker_environment
+from titan_yulan.plan.sources import check_sources_there
+from titan_yulan.plan.start import Launch, shutdown_seconds, torchrun_command, worker_environment
 
 ROOT = Path(__file__).resolve().parent.parent
-_ONE_REQUEST = 2.0  # seconds in which signals are one request: schedulers and shells pass the same one on twice
+_SHARES = 6  # sources of a phase that are shown
 
 
 def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[str], debug: bool) -> int:
@@ -61,6 +68,17 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     Raises:
         UserError: before anything was started.
     """
+    with StopSignals() as signals:
+        try:
+            return _launch(config_name, overrides, allow_changes, debug, signals)
+        except Stopped:
+            print("stopped before any process was started; the same command goes on")
+            return 75
+
+
+def _launch(
+    config_name: str, overrides: Sequence[str], allow_changes: Sequence[str], debug: bool, signals: StopSignals
+) -> int:
     check_packages()
     path = configuration.find(config_name, ROOT)
     config = configuration.load(path, overrides).config
@@ -68,6 +86,8 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     start = Launch.from_environment(machine)
     folder = run_folder(config)
     checkpoint = layout.newest_readable(folder / "checkpoints", print)
+    if checkpoint is None:
+        check_sources_there(config)
     plan = make_plan(config, checkpoint)
     resume = check_resume(config, plan, checkpoint, allow_changes)
     if checkpoint is None and config.phases[0].start_from:
@@ -75,9 +95,9 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
     degrees = check_layout(plan, start, resume.step)
     _say_plan(path, config, plan, degrees, start, machine, resume, folder)
     if resume.complete:
-        write_status(folder, "finished", 0, step=resume.step)
         print(f"the run in {folder} is complete: step {resume.step} of {plan.end.step}; nothing to do")
         return 0
+    check_sources_there(config)
     if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("monitor.tensorboard: the package tensorboard is missing; install it or set the key to false")
     again = shlex.join(["./run_train.sh", "--config", config_name, *overrides])
@@ -87,37 +107,36 @@ def launch(config_name: str, overrides: Sequence[str], allow_changes: Sequence[s
             f"NPROC={start.processes}: this machine has {machine.accelerators} GPU(s), one for each process"
         )
     check_memory(_to_come(config, degrees), start, machine)
-    check_disk(config, plan, folder, resume)
-    ensure_prepared(config)
+    check_disk(config, plan, folder)
+    _prepare_data(config, signals)
     check_sources(config, plan, checkpoint, allow_changes)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_start(folder, start) as lock:
+    with only_start(folder, start.node_rank, signals) as lock:
         before = read_status(folder)
         resolved = folder / "config.toml"
         if start.hosts:  # another node may join a run that is under way, and changes nothing in its folder
             (folder / STOP_FILE).unlink(missing_ok=True)
+        signals.answer_in(folder)
+        if start.hosts:
             write_atomically(resolved, configuration.to_toml(config))
             write_status(folder, "starting", 1)
         command = torchrun_command(start, config.run.name, resolved, folder, allow_changes, debug)
-        code, stopped = _run(command, start, machine, config.recovery, folder, lock)
+        code, stopped = _run(command, start, machine, config.recovery, folder, lock, signals)
     return exit_code(folder, code, stopped) if start.hosts else exit_code_elsewhere(folder, before, code, stopped)
 
 
-@contextlib.contextmanager
-def _only_start(folder: Path, start: Launch) -> Iterator[int]:
-    """Hold the run folder's lock, one on each node; torchrun inherits it, so that it lasts as long as the workers.
+def _prepare_data(config: RunConfig, signals: StopSignals) -> None:
+    def say(line: str) -> None:
+        say_now(line)
+        signals.check()
 
-    Raises:
-        UserError: another start holds it.
-    """
-    with open(folder / f".lock-{start.node_rank}", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"another start is training in {folder}; wait for it, stop it, or use another run.name"
-            ) from None
-        yield file.fileno()
+    signals.check()
+    try:
+        ensure_prepared(config, say)
+    except RunError:
+        signals.check()  # Ctrl-C and Slurm's signals reach the processes of the preparation too, and end them
+        raise
+    signals.check()
 
 
 def check_packages() -> None:
@@ -161,7 +180,7 @@ def _say_plan(
     print(f"memory         about {need.total / GIB:.2f} GiB a rank{on_host}")
     print(f"disk           at most {checkpoints} checkpoints of {checkpoint_bytes(config) / GIB:.2f} GiB at a time")
     for phase in plan.phases[config.first_phase :]:
-        shares = " ".join(f"{n} {w:.0%}" for n, w in zip(phase.sources, phase.weights, strict=True) if w)
+        shares = _largest_shares(phase)
         line = f"phase          {phase.name}: steps {phase.start.step + 1}-{phase.end.step}, "
         if phase.name not in degrees:
             print(f"{line}finished")
@@ -173,6 +192,15 @@ def _say_plan(
             f"rank, {shares}"
         )
     print(f"run folder     {folder}" + (f", goes on from step {resume.step}" if resume.step else ""))
+
+
+def _largest_shares(phase: PhasePlan) -> str:
+    shares = sorted(
+        ((weight, name) for name, weight in zip(phase.sources, phase.weights, strict=True) if weight),
+        key=lambda share: -share[0],
+    )
+    more = f" … {len(shares) - _SHARES} more" if len(shares) > _SHARES else ""
+    return " ".join(f"{name} {weight:.0%}" for weight, name in shares[:_SHARES]) + more
 
 
 def check_layout(plan: Plan, start: Launch, step: int) -> dict[str, Degrees]:
@@ -247,7 +275,7 @@ def check_memory(config: RunConfig, start: Launch, machine: Machine) -> None:
     )
 
 
-def check_disk(config: RunConfig, plan: Plan, folder: Path, resume: Resume) -> None:
+def check_disk(config: RunConfig, plan: Plan, folder: Path) -> None:
     """The kept checkpoints must fit on the disk.
 
     Raises:
@@ -301,43 +329,29 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
 
 
 def _run(
-    command: list[str], start: Launch, machine: Machine, recovery: RecoverySection, folder: Path, lock: int
+    command: list[str],
+    start: Launch,
+    machine: Machine,
+    recovery: RecoverySection,
+    folder: Path,
+    lock: int,
+    signals: StopSignals,
 ) -> tuple[int, bool]:
-    """Run torchrun to its end; returns its exit code and whether this process was asked to stop.
-
-    A signal becomes the run's stop file, which the workers look for at every step: torchrun, told itself, would report
-    a failure although every worker ended well, and a worker that is still starting would die of the signal and be
-    started again. A second signal goes to torchrun, which gives the workers time to end; a third one kills it, and the
-    kernel tells them."""
+    """Run torchrun to its end; returns its exit code and whether this process was asked to stop."""
     sys.stdout.flush()
     process = subprocess.Popen(
         command,
-        env=worker_environment(start, machine, recovery, os.environ),
+        env=worker_environment(start, machine, recovery, folder, os.environ),
         start_new_session=True,
         pass_fds=[lock],
-        preexec_fn=partial(_prepare_torchrun, death_signal(start.elastic and not start.hosts)),
+        preexec_fn=partial(prepare_torchrun, death_signal(start.elastic and not start.hosts), os.getpid()),
     )
-    requests: list[float] = []
-
-    def stop(number: int, _: object) -> None:
-        if requests and time.monotonic() - requests[-1] <= _ONE_REQUEST:
-            return
-        requests.append(time.monotonic())
-        if len(requests) == 1:
-            (folder / STOP_FILE).touch()
-        else:
-            process.send_signal(signal.SIGTERM if len(requests) == 2 else signal.SIGKILL)
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, stop)
+    signals.pass_on_to(process)
     code = process.wait()
-    return code, bool(requests)
-
-
-def _prepare_torchrun(number: int) -> None:
-    end_with_parent(number)
-    # Slurm's SIGUSR1 reaches every process of a job step: torchrun, or a worker that is still starting, would die of it
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # torchrun may have been killed; its workers then save and end without it, and their result is not there yet
+    path = workers_lock(folder, start.node_rank)
+    wait_for_workers(path, shutdown_seconds(recovery), give_up=lambda: signals.requests > 2)
+    return code, signals.requests > 0
 
 
 def exit_code(folder: Path, torchrun_code: int, stopped: bool) -> int:

@@ -20,6 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from titan_yulan.parallel import launched
+
+if __name__ == "__main__":  # before torch, whose import takes seconds in which torchrun may die
+    launched.join_launch()
+
 import torch
 import torch.distributed as dist
 
@@ -46,7 +51,7 @@ from titan_yulan.monitor.recovery import GoBack, Recovery
 from titan_yulan.monitor.watchdog import Watchdog
 from titan_yulan.parallel import process
 from titan_yulan.parallel.compile import CompileWatch
-from titan_yulan.parallel.launched import DEVICE_VARIABLE, STOP_FILE, end_with_parent
+from titan_yulan.parallel.launched import DEVICE_VARIABLE, STOP_FILE
 from titan_yulan.parallel.nodes import StepTimes, check_nodes
 from titan_yulan.parallel.process import World
 from titan_yulan.parallel.stopping import StopRequests
@@ -420,7 +425,6 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true")
     arguments = parser.parse_args()
     config = configuration.load(arguments.config).config
-    end_with_parent()
     if (
         DEVICE_VARIABLE in os.environ  # the launcher has written "starting"
         and read_status(run_folder(config)).get("state") == "failed"

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from titan_yulan.config.sections import RecoverySection
 from titan_yulan.errors import UserError
-from titan_yulan.parallel.launched import DEATH_VARIABLE, DEVICE_VARIABLE, STARTED_VARIABLE, death_signal
+from titan_yulan.parallel.launched import (
+    DEATH_VARIABLE,
+    DEVICE_VARIABLE,
+    STARTED_VARIABLE,
+    WORKERS_VARIABLE,
+    death_signal,
+    workers_lock,
+)
 from titan_yulan.plan.memory import Machine
 
 # What torchrun (2.12 or newer; before, it is 30) gives its workers to save and end when it is signalled itself, beyond
@@ -119,8 +126,13 @@ def torchrun_command(
     return command + (["--debug"] if debug else [])
 
 
+def shutdown_seconds(recovery: RecoverySection) -> int:
+    """How long workers that were told to end may take: what lasts longer without progress, their watchdog has ended."""
+    return math.ceil(max(recovery.first_step_timeout, recovery.step_timeout)) + _SHUTDOWN_MARGIN
+
+
 def worker_environment(
-    start: Launch, machine: Machine, recovery: RecoverySection, given: Mapping[str, str]
+    start: Launch, machine: Machine, recovery: RecoverySection, folder: Path, given: Mapping[str, str]
 ) -> dict[str, str]:
     """The environment of torchrun and its workers: `given`, with defaults below it and our own above it."""
     defaults = {
@@ -130,14 +142,13 @@ def worker_environment(
         # the last collectives of every rank, for the report of a hang
         "TORCH_FR_BUFFER_SIZE": "2000",
     }
-    # what lasts longer than this without progress, the workers' own watchdog has ended
-    longest = max(recovery.first_step_timeout, recovery.step_timeout)
     ours = {
         "PYTHONUNBUFFERED": "1",
         DEVICE_VARIABLE: "cuda" if machine.accelerators else "cpu",
         STARTED_VARIABLE: str(time.time()),
         DEATH_VARIABLE: str(int(death_signal(start.elastic and not start.hosts))),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(longest) + _SHUTDOWN_MARGIN),
+        WORKERS_VARIABLE: str(workers_lock(folder, start.node_rank)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_seconds(recovery)),
         # every restart gets a fresh store: in a shared one, ranks find the addresses of the ranks before the restart
         # and hang when they connect (pytorch issue 135712)
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
