@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from titan_yulan.checkpoint.layout import find_checkpoints
 from titan_yulan.monitor.metrics import read_lines, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,18 +117,12 @@ class Result:
     output: str
 
 
-def train(
-    config: Path | str,
-    processes: int,
-    *arguments: str,
-    at_line: str | None = None,
-    action: Callable[[int], None] = lambda pid: None,
-    environment: dict[str, str] | None = None,
-) -> Result:
-    """Run the launcher to its end. When a line of output contains `at_line`, call `action(launcher's pid)` once."""
-    command = [sys.executable, "-m", "titan_yulan.cli", "train", "--config", str(config), *arguments]
-    process = subprocess.Popen(
-        command,
+def launch(
+    config: Path | str, processes: int, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Start the launcher; its output and the run's come together."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "titan_yulan.cli", "train", "--config", str(config), *arguments],
         cwd=ROOT,
         env={
             **os.environ,
@@ -140,6 +136,18 @@ def train(
         text=True,
         start_new_session=True,
     )
+
+
+def train(
+    config: Path | str,
+    processes: int,
+    *arguments: str,
+    at_line: str | None = None,
+    action: Callable[[int], None] = lambda pid: None,
+    environment: dict[str, str] | None = None,
+) -> Result:
+    """Run the launcher to its end. When a line of output contains `at_line`, call `action(launcher's pid)` once."""
+    process = launch(config, processes, *arguments, environment=environment)
     lines = []
     try:
         for line in process.stdout or ():
@@ -154,6 +162,15 @@ def train(
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_all(pid: int) -> None:
+    """Kill -9 a process and all below it."""
+    with suppress(OSError):
+        below = children(pid)
+        os.kill(pid, signal.SIGKILL)
+        for child in below:
+            kill_all(child)
 
 
 def stop(launcher: int) -> None:
@@ -173,6 +190,18 @@ def metrics(run: Path) -> list[dict]:
 
 def validations(run: Path) -> list[dict]:
     return read_lines(run / "validation.jsonl")
+
+
+def tensors(run: Path) -> dict[str, dict]:
+    """Size and hash of each file of weights and Adam's state in the newest checkpoint."""
+    manifest = find_checkpoints(run / "checkpoints")[-1].manifest()
+    return {name: entry for name, entry in manifest.items() if name.endswith(".distcp")}
+
+
+def same_in_every_bit(run: Path, reference: Path) -> bool:
+    """Whether two runs on the same number of ranks have the same lines, validation losses and last tensors."""
+    records = metrics(run) == metrics(reference) and validations(run) == validations(reference)
+    return records and tensors(run) == tensors(reference)
 
 
 def column(lines: list[dict], key: str) -> list:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end import harness
-from tests.end_to_end.harness import column, metrics, train, validations
+from tests.end_to_end.harness import column, metrics, same_in_every_bit, train, validations
 from titan_yulan.checkpoint.layout import find_checkpoints
 from titan_yulan.monitor.events import read_events
 
@@ -32,14 +32,6 @@ def start(tmp_path, small_data):
 @pytest.fixture
 def run(tmp_path) -> Path:
     return tmp_path / "outputs" / "small"
-
-
-def same_in_every_bit(run: Path, reference: Path) -> bool:
-    """Lines and all tensors of the last checkpoint."""
-    manifests = [find_checkpoints(folder / "checkpoints")[-1].manifest() for folder in (run, reference)]
-    tensors = [{n: entry for n, entry in manifest.items() if n.endswith(".distcp")} for manifest in manifests]
-    lines = metrics(run) == metrics(reference) and validations(run) == validations(reference)
-    return lines and tensors[0] == tensors[1]
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end import harness
-from tests.end_to_end.harness import column, metrics, train, validations
+from tests.end_to_end.harness import column, metrics, same_in_every_bit, train, validations
 from titan_yulan.checkpoint.layout import find_checkpoints
 from titan_yulan.monitor.metrics import read_status
 
@@ -36,10 +36,6 @@ def run(tmp_path) -> Path:
     return tmp_path / "outputs" / "small"
 
 
-def same_in_every_bit(run: Path, reference: Path) -> bool:
-    return metrics(run) == metrics(reference) and validations(run) == validations(reference)
-
-
 def test_reference_has_one_line_per_step_and_learns(reference):
     lines = metrics(reference)
     assert column(lines, "step") == list(range(1, STEPS + 1))
@@ -59,9 +55,11 @@ def test_the_same_command_on_a_complete_run_ends_at_once(reference, start, run):
     assert "dry run" not in result.output
 
 
-def test_kill_9_of_a_worker_changes_no_bit(start, run, reference):
+def test_kill_9_of_a_worker_changes_no_bit_with_accumulated_gradients_and_rows_read_ahead(start, run, reference):
     result = start(2, at_line="step 20/", action=harness.kill_worker)
     assert result.code == 0, result.output
+    assert result.output.count("in 2 micro-batch(es)") == 3  # of every phase
+    assert "\nprefetch = 2\n" in (run / "config.toml").read_text()
     assert "resumed from" in result.output
     assert same_in_every_bit(run, reference)
 
@@ -149,9 +147,6 @@ def test_a_phase_with_a_layout_of_its_own_is_rebuilt_from_its_boundary(run, refe
     assert same_in_every_bit(run, reference)
     again = train(config, 2)
     assert "is complete" in again.output
-    manifests = [find_checkpoints(folder / "checkpoints")[-1].manifest() for folder in (run, reference)]
-    tensors = [{name: entry for name, entry in m.items() if name.endswith(".distcp")} for m in manifests]
-    assert tensors[0] == tensors[1]  # every bit of weights and optimizer
 
 
 def test_phases_on_other_meshes_see_the_same_rows(run, reference, tmp_path, small_data):
