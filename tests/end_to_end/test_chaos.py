@@ -3,9 +3,12 @@ ranks or another layout at every start."""
 
 from __future__ import annotations
 
+import pytest
+
 from tests.end_to_end.chaos import chaos
 
 
+@pytest.mark.timeout(480)  # five starts, beside other tests
 def test_a_disturbed_run_keeps_every_promise(tmp_path, small_data) -> None:
     text, kept = chaos(tmp_path / "chaos", seed=5, minutes=4, short=True, data=small_data)
     assert kept, text
