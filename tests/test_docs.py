@@ -163,3 +163,9 @@ def test_mistakes_are_seen() -> None:
         "optimizer.lr",
         "run.nome",
     ]
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports test files by their names alone: of two, it would run the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -65,7 +65,8 @@ def test_missing_source(refused, data):
 
 def test_missing_source_that_cannot_be_made(refused, tmp_path):
     output = refused(f"--data.sources.code.path={tmp_path / 'nowhere'}", "--data.sources.code.text=[]")
-    assert "data.sources.code.path: there is no prepared source at" in output
+    assert "1 of 3 sources are not prepared and have no text to be made from" in output
+    assert f"--name code --output {tmp_path / 'nowhere'}" in output
     assert "titan-yulan data prepare" in output
 
 
