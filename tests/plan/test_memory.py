@@ -182,7 +182,9 @@ def measure_on_ranks(world: World) -> list[int]:
         ids = small_decoder.make_ids(rows=2, length=64)
         # Without a mask, context parallelism runs other code on a CPU than on a GPU.
         documents = torch.zeros_like(ids) if layout == "context" else None
-        found.append(kept_bytes(decoder, decoder.model.sharding.slice_context(ids), documents))
+        ids = decoder.model.sharding.slice_context(ids)
+        # A thread of gloo's may hold the last collective's tensors for a moment longer: the least of five passes.
+        found.append(min(kept_bytes(decoder, ids, documents) for _ in range(5)))
     return found
 
 
