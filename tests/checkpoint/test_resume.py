@@ -156,8 +156,8 @@ def test_changes_of_what_comes_are_told(tmp_path: Path, config: RunConfig, line:
         (three_phases(run=RunSection(name="test", seed=7, deterministic=True)), "run.deterministic: false -> true"),
         (replace(three_phases(), model=replace(PRESETS["debug"], hidden_size=96)), "model.hidden_size: 192 -> 96"),
         (
-            three_phases(sources={n: SourceSection(path=f"data/{n}", ordered=n == "code") for n in MIX}),
-            "data.sources.code.ordered: false -> true",
+            three_phases(sources={**SOURCES, "code": SourceSection(path="data/code", order="keep")}),
+            'data.sources.code.order: "shuffle" -> "keep"',
         ),
         (changed(1, mix={"code": 0.7, "math": 0.4}), "phase.b.mix.code: 0.6 -> 0.7"),
         (changed(1, mix={"code": 0.6}), "phase.b.mix.math: 0.4 -> (not set)"),

@@ -116,10 +116,10 @@ def test_extends_merges_tables_and_replaces_lists_and_mix(tmp_path: Path) -> Non
 
 
 def test_sources_of_any_name_merge(tmp_path: Path) -> None:
-    write(tmp_path, "base.toml", BASE + '[data.sources.mix]\npath = "m"\nordered = true\n' + PHASE)
+    write(tmp_path, "base.toml", BASE + '[data.sources.mix]\npath = "m"\norder = "keep"\n' + PHASE)
     top = write(tmp_path, "top.toml", 'extends = "base.toml"\n[data.sources.mix]\npath = "n"')
-    assert load(top).config.data.sources["mix"].ordered
-    assert load(top, ["--data.sources.mix.path=o"]).config.data.sources["mix"].ordered
+    assert load(top).config.data.sources["mix"].order == "keep"
+    assert load(top, ["--data.sources.mix.path=o"]).config.data.sources["mix"].order == "keep"
 
 
 def test_extends_of_a_missing_file_and_cycles(tmp_path: Path) -> None:

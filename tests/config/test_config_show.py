@@ -79,7 +79,7 @@ def phases(draw: Any, name: str, sources: list[str]) -> PhaseSection:
 def configs(draw: Any) -> RunConfig:
     sources = draw(st.lists(TEXTS.filter(bool), min_size=1, max_size=3, unique=True))
     names = draw(st.lists(FOLDER_NAMES, min_size=1, max_size=3, unique=True))
-    source = st.builds(SourceSection, path=TEXTS, text=st.lists(TEXTS, max_size=2).map(tuple), ordered=st.booleans())
+    source = st.builds(SourceSection, path=TEXTS, text=st.lists(TEXTS, max_size=2).map(tuple), order=TEXTS)
     model = dataclasses.replace(
         PRESETS["debug"],
         initializer_range=draw(POSITIVE),

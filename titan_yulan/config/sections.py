@@ -47,7 +47,12 @@ class SourceSection:
         (), "when the folder is missing: prepare it from these files, globs or 'builtin:code|math|prose'"
     )
     validation_share: float = setting(0.02, "share of the input files held out when preparing", ge=0, lt=1)
-    ordered: bool = setting(False, "keep the order of the documents (such as easy to hard) instead of shuffling")
+    order: str = setting(
+        "shuffle",
+        "order of the documents when preparing: shuffle; keep: as in the input; a column of the input such as "
+        "'perplexity': from low to high, '-perplexity': from high to low",
+    )
+    domain: str = setting("", "what kind of text it is; for tables, and for [miniature]")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,9 @@ class DataSection:
 
     sources: dict[str, SourceSection] = setting(help="the sources, one table [data.sources.NAME] each")
     prefetch: int = setting(2, "steps that the background loader reads ahead", ge=1)
+    shuffle: tuple[str, ...] = setting(
+        (), "names or globs of sources that were prepared in an order and are read shuffled nevertheless"
+    )
 
 
 @dataclass(frozen=True)
@@ -128,10 +136,29 @@ class CompileSection:
 
 
 @dataclass(frozen=True)
+class AdaptiveSection:
+    """`[adaptive]`: shares of the mix that follow the perplexities of their held-out parts (Llama3-SynE).
+
+    With perplexities p_i, D_i = p_i(t) - p_i(t-1) and d_i = D_i / max_j |D_j|, a share becomes proportional to
+    r_i(t-1) (1 + alpha d_i w_i).
+    """
+
+    every: Duration | None = setting(None, "distance between adjustments; none: the mix stays as it is")
+    alpha: float = setting(0.1, "strength of an adjustment", gt=0, lt=1)
+    weights: dict[str, float] = setting({}, "w_i of sources, between 0 and 1 / alpha; 1 for those not named", ge=0)
+    groups: dict[str, tuple[str, ...]] = setting(
+        {},
+        "group name -> its sources (names or globs): the formula works inside each group, whose share of the mix stays "
+        "as it is; sources in no group keep their share. Empty: one group of all sources of the mix",
+    )
+    floor: float = setting(0.0, "no share falls below this part of its group's share", ge=0, lt=1)
+
+
+@dataclass(frozen=True)
 class PhaseSection:
     """`[phase]`: one phase of the curriculum.
 
-    `batch` and `parallel` hold the run's sections with the phase's own `[phase.batch]`, `[phase.parallel]` merged in.
+    `batch`, `parallel` and the like hold the run's sections with the phase's own `[phase.batch]` … merged in.
     """
 
     name: str = setting(help="name of the phase, unique in the curriculum")
@@ -145,12 +172,26 @@ class PhaseSection:
     )
     rope_theta: float | None = setting(None, "rotary base from this phase on; none: as in [model]", gt=0)
     after: str = setting("", "the phase file that comes before this one, relative to this file")
-    start_from: str = setting("", "checkpoint folder to begin this phase from, instead of the phase before")
+    start_from: str = setting(
+        "",
+        "checkpoint folder, or folder of a Hugging Face Llama model, to begin this phase from instead of the phase "
+        "before",
+    )
+    rebalance_rms: float | None = setting(
+        None,
+        "when the phase begins, every matrix with a WeSaR scalar is scaled to this root mean square, its scalar and "
+        "its moments so that the product stays as it is; none: they stay",
+        gt=0,
+    )
+    mixture_history: str = setting(
+        "", "a run's mixture.jsonl, relative to the working directory: its shares are used again as logged"
+    )
     batch: BatchSection = setting(help="the batch of this phase; keys not set here come from [batch]")
     parallel: ParallelSection = setting(help="the layout of this phase; keys not set here come from [parallel]")
     activation_checkpoint: ActivationCheckpointSection = field(
         default_factory=ActivationCheckpointSection, kw_only=True
     )
+    adaptive: AdaptiveSection = field(default_factory=AdaptiveSection, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _prepare_source(name: str, section: SourceSection, tokenizer: Tokenizer, say
         tokenizer,
         validation_output=section.validation_path or None,
         validation_share=section.validation_share if held_out else 0.0,
-        ordered=section.ordered,
+        ordered=section.order != "shuffle",
         say=say,
     )
     return report.lines()
