@@ -123,6 +123,31 @@ def _data_verbs(verbs) -> None:
     stream.add_argument("--world", type=int, help="only the rows that rank --rank of this many reads")
     stream.add_argument("--rank", type=int)
     stream.add_argument("--batch", type=int, help="rows of a global batch (default: the phase's)")
+    _annotation_verbs(data)
+
+
+def _annotation_verbs(data) -> None:
+    score = _verb(data, "score", "write the perplexity of every document under a trained model", _data_score)
+    score.add_argument("--run", required=True, help="run folder or checkpoint folder")
+    score.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: as it was trained)")
+    score.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens computed at a time")
+    score.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    label = data.add_parser("label", help="give every document a topic").add_subparsers(metavar="VERB", required=True)
+    train = _verb(label, "train", "train a small classifier on rows that have a topic", _data_label_train)
+    train.add_argument("inputs", nargs="+", metavar="FILE", help="JSONL or Parquet with text and topic")
+    train.add_argument("--output", required=True, help="file of the classifier")
+    train.add_argument("--column", default="topic", help="the column that holds the topic")
+    train.add_argument("--held-out-share", type=float, default=0.1)
+    train.add_argument("--epochs", type=int, default=5)
+    train.add_argument("--seed", type=int, default=0)
+    apply = _verb(label, "apply", "write the topic of every document", _data_label_apply)
+    apply.add_argument("--model", required=True, help="file of the classifier")
+    apply.add_argument("--minimum-probability", type=float, default=0.0, metavar="P", help="less likely: 'others'")
+    apply.add_argument("--workers", type=int, help="processes (default: one per core)")
+    for verb in (score, apply):
+        verb.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or builtin:code|math|prose")
+        verb.add_argument("--output", required=True, help="folder for the same files with more columns")
+        verb.add_argument("--on-bad-row", choices=("skip", "fail"), default="skip")
 
 
 def _checkpoint_verbs(verbs) -> None:
@@ -246,6 +271,46 @@ def _data_prepare(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     print("\n".join(report.lines()))
+
+
+def _data_score(options: argparse.Namespace) -> None:
+    from titan_yulan.eval.score import score
+
+    score(
+        Path(options.run),
+        options.inputs,
+        Path(options.output),
+        context=options.context,
+        batch_tokens=options.batch_tokens,
+        device=options.device,
+        on_bad_row=options.on_bad_row,
+    )
+
+
+def _data_label_train(options: argparse.Namespace) -> None:
+    from titan_yulan.data import label
+
+    label.train(
+        options.inputs,
+        Path(options.output),
+        column=options.column,
+        held_out_share=options.held_out_share,
+        epochs=options.epochs,
+        seed=options.seed,
+    )
+
+
+def _data_label_apply(options: argparse.Namespace) -> None:
+    from titan_yulan.data import label
+
+    label.apply(
+        Path(options.model),
+        options.inputs,
+        Path(options.output),
+        minimum_probability=options.minimum_probability,
+        workers=options.workers,
+        on_bad_row=options.on_bad_row,
+    )
 
 
 def _data_inspect(options: argparse.Namespace) -> None:

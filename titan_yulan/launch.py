@@ -46,6 +46,7 @@ from titan_yulan.parallel.launched import (
     wait_for_workers,
     workers_lock,
 )
+from titan_yulan.plan.curriculum import repetitions, source_uses
 from titan_yulan.plan.memory import (
     GIB,
     Machine,
@@ -301,15 +302,15 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
     Raises:
         UserError: naming the source.
     """
-    sources = {name: Source.open(Path(config.data.sources[name].path)) for name in plan.sources}
+    sources = {name: Source.open(Path(config.data.sources[name].path)) for name in config.sources_to_read}
     for phase in plan.phases[config.first_phase :]:
-        for name in phase.section.mix:
-            if sources[name].tokens < phase.sequence_length + 1:
+        for name in sources:
+            if phase.section.mix.get(name) and sources[name].tokens < phase.sequence_length + 1:
                 raise UserError(
                     f"data.sources.{name} holds {sources[name].tokens} tokens, fewer than one row of phase "
                     f"{phase.name!r} ({phase.sequence_length} + 1); shorten phase.sequence_length or add text"
                 )
-    for name in plan.sources:
+    for name in sources:
         path, length = config.data.sources[name].validation_path, config.phases[0].sequence_length
         if path and Source.open(Path(path)).tokens < length + 1:
             raise UserError(
@@ -322,10 +323,15 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
         tokenizer = Tokenizer.load(Path(config.tokenizer.path))
         prints = {name: source.fingerprint for name, source in sources.items()}
         check_data(checkpoint, prints, tokenizer.fingerprint, allow_changes)
-    for name, source in sources.items():
-        end = dict(zip(plan.sources, plan.phases[-1].tapes(plan.phases[-1].rows_total), strict=True))[name]
-        if end:
-            print(f"source         {name}: {source.tokens:,} tokens, read {end / source.tokens:.2f} times by the end")
+    ends = dict(zip(plan.sources, plan.phases[-1].tapes(plan.phases[-1].rows_total), strict=True))
+    prepared = {name: source.tokens for name, source in sources.items()}
+    for name, tokens in prepared.items():
+        print(f"source         {name}: {tokens:,} tokens, read {ends[name] / tokens:.2f} times by the end")
+    reached = checkpoint.step if checkpoint is not None else plan.phases[0].start.step
+    for phase in plan.phases[config.first_phase :]:
+        if phase.end.step > reached:
+            for line in repetitions(phase, source_uses(phase, prepared)):
+                print(f"note           {line}")
 
 
 def _run(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,7 @@ from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
-from titan_yulan.data.loader import Batch, Loader, fingerprint
-from titan_yulan.data.tape import Tape
+from titan_yulan.data.loader import Batch, Loader, Tapes, fingerprint
 from titan_yulan.errors import RunError
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
 from titan_yulan.kernels.runtime import Kernels
@@ -174,13 +173,19 @@ class Learner:
         return prints
 
     @torch.no_grad()
-    def validate(
-        self, held_out: HeldOutRows, tapes: list[Tape], between: Callable[[str], None]
-    ) -> tuple[Tensor, Tensor]:
+    def validate(self, held_out: HeldOutRows, tapes: Tapes, between: Callable[[str], None]) -> tuple[Tensor, Tensor]:
         """`eval.validation.validation_loss` of the model as it is."""
         size = self.plan.phases[0].section.batch.micro_batch_size
         sums = validation_loss(
-            self.decoder, self.objective, held_out, tapes, size, self.mesh, self.world.device, between
+            self.decoder,
+            self.objective,
+            held_out,
+            tapes,
+            len(self.plan.sources),
+            size,
+            self.mesh,
+            self.world.device,
+            between,
         )
         reshard(self.decoder)
         return sums
@@ -190,13 +195,14 @@ class Learner:
         self.optimizer.zero_grad()
         reshard(self.decoder)
 
-    def loader(self, step: int, tapes: Sequence[Tape]) -> Loader:
-        """This rank's micro-batches from `step` finished steps to the end of its phase."""
+    def loader(self, step: int, tapes: Tapes, until: int | None = None) -> Loader:
+        """This rank's micro-batches from `step` finished steps to `until`; None: to the end of its phase."""
         phase = self.plan.phase_at(step)
         return Loader(
             phase,
             tapes,
             first_step=step - phase.start.step,
+            last_step=None if until is None else until - phase.start.step,
             rank=self.mesh.data_rank,
             world=self.mesh.data_size,
             micro_batch_size=phase.section.batch.micro_batch_size,

@@ -31,13 +31,21 @@ import torch.distributed as dist
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers, step_folder
-from titan_yulan.checkpoint.resume import check_data, check_model, check_resume, make_plan, run_folder
+from titan_yulan.checkpoint.resume import (
+    check_data,
+    check_model,
+    check_resume,
+    make_plan,
+    mixture_history,
+    run_folder,
+)
 from titan_yulan.checkpoint.saver import Saver
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Duration
+from titan_yulan.curriculum.controller import MixtureController
 from titan_yulan.curriculum.plan import PhasePlan
 from titan_yulan.data.source import Source
-from titan_yulan.data.tape import Tape
+from titan_yulan.data.tape import Tape, open_tape
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError, explain_os_error
 from titan_yulan.eval.generate import generate
@@ -102,8 +110,8 @@ class Trainer:
         self.tokenizer = Tokenizer.load(Path(config.tokenizer.path))
         checkpoint = self._newest_checkpoint()
         self.plan = make_plan(config, checkpoint)
-        self.sources = [Source.open(Path(config.data.sources[name].path)) for name in self.plan.sources]
-        self.tapes = [Tape(source, config.run.seed) for source in self.sources]
+        self.controller = MixtureController(self.plan)
+        self.tapes = {self.plan.sources.index(name): open_tape(config, name) for name in config.sources_to_read}
         self.resume = check_resume(config, self.plan, checkpoint, allow_changes)
         for notice in self.resume.notices:
             self.say(notice)
@@ -114,16 +122,19 @@ class Trainer:
         self.compilations, self.step_times = CompileWatch(), StepTimes(world)
         self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say)
         self._build(self.plan.phase_at(self.step))
+        self.fingerprints = {self.plan.sources[i]: tape.source.fingerprint for i, tape in self.tapes.items()}
         if checkpoint is not None:
-            check_data(checkpoint, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
+            check_data(checkpoint, self.fingerprints, self.tokenizer.fingerprint, allow_changes)
         elif config.phases[0].start_from:
             start = open_checkpoint(Path(config.phases[0].start_from))
             if damage := store.find_damage_together(start, world, config.checkpoint.verify):
                 raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
             check_model(config, start, allow_changes)
-            check_data(start, self._source_fingerprints(), self.tokenizer.fingerprint, allow_changes)
+            check_data(start, self.fingerprints, self.tokenizer.fingerprint, allow_changes)
+            self.fingerprints = {**start.state().sources, **self.fingerprints}
         self._restore(checkpoint)
         if checkpoint is not None:
+            self.fingerprints = {**checkpoint.state().sources, **self.fingerprints}
             line = f"resumed from {checkpoint.path}: step {self.step} of {self.plan.end.step}"
             self._tell("resume", line, step=self.step, ranks=world.size)
         elif config.phases[0].start_from:
@@ -151,12 +162,11 @@ class Trainer:
         return kernels
 
     def _open_held_out(self) -> None:
-        paths = {i: self.config.data.sources[name].validation_path for i, name in enumerate(self.plan.sources)}
-        held_out = {i: Tape(Source.open(Path(path)), seed=0) for i, path in paths.items() if path}
+        paths = {i: self.config.data.sources[self.plan.sources[i]].validation_path for i in self.tapes}
+        self.held_out_tapes = {i: Tape(Source.open(Path(path)), seed=0) for i, path in paths.items() if path}
         # one length for the whole run, so that the losses of all phases can be compared
         length = self.config.phases[0].sequence_length
-        self.held_out = HeldOutRows(held_out, self.config.eval.rows, length)
-        self.held_out_tapes = [held_out.get(i, tape) for i, tape in enumerate(self.tapes)]
+        self.held_out = HeldOutRows(self.held_out_tapes, self.config.eval.rows, length)
 
     def _build(self, phase: PhasePlan) -> None:
         self.watchdog.beat("building the model")
@@ -209,7 +219,14 @@ class Trainer:
         """Train to the end of the phase that the run stands in."""
         phase = self.plan.phase_at(self.step)
         self._enter(phase)
-        with self.learner.loader(self.step, self.tapes) as loader:
+        if self.controller.due(self.step):
+            self._adjust_mixture()
+        while self.step < phase.end.step:
+            self._train_steps(phase, self.controller.constant_until(self.step))
+
+    def _train_steps(self, phase: PhasePlan, until: int) -> None:
+        """Train up to step `until`, through rows that are known."""
+        with self.learner.loader(self.step, self.tapes, until) as loader:
             for batches in loader:
                 if self.recovery.leaves_out(self.step + 1):
                     values = self.learner.leave_out(self.step, batches)
@@ -222,6 +239,8 @@ class Trainer:
                     self._check_records()
                     self._compare_ranks()
                 self._watch_compilations()
+                if self.step < phase.end.step and self.controller.due(self.step):
+                    self._adjust_mixture()
                 self._validate_if_due()
                 if self.step == phase.end.step or self._due(self.config.checkpoint.every):
                     self.save()
@@ -271,6 +290,7 @@ class Trainer:
             if checkpoint is None:
                 self._build(self.plan.phases[0])
             self._restore(checkpoint)
+            self.plan.adapt(mixture_history(self.plan, checkpoint))
         self.recorder.rewind(self.step)
         self._tell("went back", f"went back to step {self.step}", step=self.step)
 
@@ -309,10 +329,21 @@ class Trainer:
         if self.world.agree(int(self.recorder.has_validation(self.step))):
             return
         self.learner.set_rope_theta(self._last_phase())  # also where this start has gone on to the next one
+        self._validate()
+
+    def _validate(self) -> dict[str, float]:
+        """Measure and record the losses of the held-out parts, by source."""
         with self.watchdog.patient("validation"):
             sums, tokens = self.learner.validate(self.held_out, self.held_out_tapes, between=self._poll)
-            self.recorder.validation(self.step, sums, tokens)
+            losses = self.recorder.validation(self.step, sums, tokens)
         self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
+        return losses
+
+    def _adjust_mixture(self) -> None:
+        """Measure perplexities and let the rows to come follow them, on all ranks alike."""
+        losses = [self._validate()]
+        dist.broadcast_object_list(losses, src=0, group=self.world.host)  # to the last bit, or ranks read other rows
+        self.recorder.mixture(*self.controller.adjust(self.step, losses[0]))
 
     def _watch_compilations(self) -> None:
         """Say what was compiled when it was to be expected, and complain when it was not."""
@@ -341,11 +372,12 @@ class Trainer:
             phase=phase.name,
             phase_finished=self.step == phase.end.step,
             tapes=dict(zip(self.plan.sources, tapes, strict=True)),
-            sources=self._source_fingerprints(),
+            sources=self.fingerprints,
             tokenizer=self.tokenizer.fingerprint,
             versions={"torch": torch.__version__, "python": platform.python_version()},
             origin={**asdict(first.start), "tapes": dict(zip(self.plan.sources, first.tape_start, strict=True))},
             skipped=self.recovery.skipped,
+            mixture_history=[entry.to_json() for entry in self.plan.history_until(phase, position.row)],
         )
         with self.watchdog.patient(f"saving step {self.step}"):
             self.saver.save(self.learner.tensors(), state, configuration.to_toml(self.config))
@@ -355,9 +387,6 @@ class Trainer:
     def _join_saver(self) -> None:
         with self.watchdog.patient("writing a checkpoint"):
             self.saver.join()
-
-    def _source_fingerprints(self) -> dict[str, str]:
-        return {name: source.fingerprint for name, source in zip(self.plan.sources, self.sources, strict=True)}
 
     def close(self, outcome: str) -> None:
         """The sampled continuation of a finished run, the last words, and the record's end."""

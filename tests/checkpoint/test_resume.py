@@ -156,7 +156,7 @@ def test_changes_of_what_comes_are_told(tmp_path: Path, config: RunConfig, line:
         (three_phases(run=RunSection(name="test", seed=7, deterministic=True)), "run.deterministic: false -> true"),
         (replace(three_phases(), model=replace(PRESETS["debug"], hidden_size=96)), "model.hidden_size: 192 -> 96"),
         (
-            three_phases(sources={**SOURCES, "code": SourceSection(path="data/code", order="keep")}),
+            three_phases(sources={**three_phases().data.sources, "code": SourceSection(path="data/code", order="keep")}),
             'data.sources.code.order: "shuffle" -> "keep"',
         ),
         (changed(1, mix={"code": 0.7, "math": 0.4}), "phase.b.mix.code: 0.6 -> 0.7"),

@@ -137,6 +137,37 @@ def test_names_of_sources_are_folders_and_bare_keys(
     assert set(generator.read_domains()) == sources
 
 
+def test_sources_say_their_domain(curriculum: RunConfig, generator: ModuleType) -> None:
+    domains = {generator.key(source): domain for source, domain in generator.read_domains().items()}
+    assert {name: section.domain for name, section in curriculum.data.sources.items()} == domains
+
+
+def test_the_miniature_is_the_whole_curriculum(
+    plan: Plan, generator: ModuleType, published: dict[str, dict[str, str]]
+) -> None:
+    small = Plan(config.load(FOLDER / "mini.toml").config)
+    assert [phase.name for phase in small.phases] == [phase.name for phase in plan.phases]
+    assert min(phase.rows_total for phase in small.phases) >= 200
+    assert {phase.batch_rows * phase.sequence_length for phase in small.phases} == {4_128_768 / 32 / 36}
+    assert {(phase.sequence_length, phase.section.rope_theta) for phase in small.phases} == {(128, None), (896, 490e3)}
+    for one, other in zip(small.phases, plan.phases, strict=True):
+        assert one.end.step / small.end.step == pytest.approx(other.end.step / plan.end.step, abs=1e-3)
+        assert one.section.parallel == small.phases[0].section.parallel
+    warm, end = 2422 / 190, small.phases[24].end.step
+    steps = [0, round(warm) - 1, round(warm), end, end + 25, small.end.step - 1]
+    rates = [0, 1 - 1 / round(warm), 1, 1, 1 - (25 / 100) ** 0.5, 1 - 0.99**0.5]
+    assert [small.learning_rate(step) / 1e-2 for step in steps] == pytest.approx(rates)
+    # every published token is in the mix of some source: Chinese and all English in prose
+    places = {"code": "code", "code synthetic": "code", "code instruction": "code", "math": "math"}
+    places |= {"math synthetic": "math", "math instruction": "math"}
+    domains = generator.read_domains()
+    for phase in small.phases:
+        sums: dict[str, Decimal] = defaultdict(Decimal)
+        for source, amount in published[generator.PHASES[phase.name]].items():
+            sums[places.get(domains[source], "prose")] += Decimal(amount)
+        assert phase.section.mix == pytest.approx({name: float(total) for name, total in sums.items()}, rel=1e-11)
+
+
 def test_the_last_phase_file_is_the_whole_curriculum(curriculum: RunConfig) -> None:
     last = config.load(FOLDER / "phase27.toml").config
     assert last.first_phase == 26 and config.diff(last, curriculum) == []

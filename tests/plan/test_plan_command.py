@@ -23,7 +23,7 @@ from titan_yulan.data.tokenizer import save_ranks
 from titan_yulan.errors import UserError
 from titan_yulan.plan.curriculum import RankShare, forecast, repetitions
 from titan_yulan.plan.picture import amount, plan_lines
-from titan_yulan.plan.sources import check_sources_there, prepared_tokens, sources_to_read
+from titan_yulan.plan.sources import check_sources_there, prepared_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,8 +94,8 @@ def test_a_phase_that_needs_more_than_is_left_says_so() -> None:
     plan = Plan(two_phases())
     read = {use.name: use.end for use in forecast(plan, {})[0].uses}
     first, second = forecast(plan, {"a": read["a"], "b": 10**6})
-    assert repetitions(first) == []  # to the last token is no repetition
-    (line,) = repetitions(second)
+    assert repetitions(first.phase, first.uses) == []  # to the last token is no repetition
+    (line,) = repetitions(second.phase, second.uses)
     need = second.phase.tapes(second.phase.rows_total)[0] - read["a"]
     end = 1 + need / read["a"]
     assert line == (
@@ -207,7 +207,7 @@ def test_options_out_of_range_are_refused(folder: Path, option: str, capsys: pyt
 
 def test_missing_sources_are_named_with_their_remedy(folder: Path) -> None:
     config = load(folder / "config.toml").config
-    assert sources_to_read(config) == ["a", "b"]  # c has no share
+    assert config.sources_to_read == ("a", "b")  # c has no share
     assert set(prepared_tokens(config)) == {"a"}
     with pytest.raises(UserError) as error:
         check_sources_there(config)

@@ -45,6 +45,7 @@ class TrainerState:
     sources, tokenizer: fingerprints of the data that the position refers to.
     origin: where the run's own first phase began (step, row, token, tapes); not zero after `[phase] start_from`.
     skipped: steps whose rows were read but not trained on, in order; a step that is in the future is left out then.
+    mixture_history: the changes of the mix up to this position (`curriculum.adaptive.Adjustment.to_json`).
     """
 
     step: int
@@ -58,6 +59,7 @@ class TrainerState:
     versions: dict[str, str]
     origin: dict[str, Any]
     skipped: list[int] = field(default_factory=list)
+    mixture_history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.curriculum.adaptive import Adjustment, read_history
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.curriculum.position import Position
-from titan_yulan.errors import UserError
+from titan_yulan.errors import RunError, UserError
 
 # Changes that cannot alter the stream, the model or the past: always allowed.
 _FREE = (
@@ -30,6 +31,7 @@ _FREE = (
     "data.sources.*.validation_path",
     "data.sources.*.text",
     "data.sources.*.validation_share",
+    "data.sources.*.domain",
     "compile.*",
     "recovery.*",
     "checkpoint.*",
@@ -39,7 +41,7 @@ _FREE = (
     "phase.*.batch.micro_batch_size",
 )
 # Changes that alter the model or what rows come next: refused unless named by --allow-change.
-_FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*")
+_FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*", "data.shuffle")
 # The same for the phase of the checkpoint's step, which can still be made longer; everything of a phase before it is
 # frozen.
 # What --allow-change lets move the rows: then the plan cannot be compared with the checkpoint's place any more.
@@ -74,13 +76,47 @@ def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
-        return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
-    if start_from:
+        plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
+    elif start_from:
         if refusal := refuse_address(start_from):
             raise UserError(f"phase.start_from: {refusal}")
         state = layout.open_checkpoint(Path(start_from)).state()
-        return Plan(config, Position(state.step, state.row, state.token), state.tapes)
-    return Plan(config)
+        plan = Plan(config, Position(state.step, state.row, state.token), state.tapes)
+    else:
+        plan = Plan(config)
+    plan.adapt(mixture_history(plan, checkpoint))
+    return plan
+
+
+def mixture_history(plan: Plan, checkpoint: Checkpoint | None) -> list[Adjustment]:
+    """The known changes of the mix inside phases: those behind the checkpoint as they were, and for the rows after it
+    those of the files that `[phase] mixture_history` names.
+
+    Raises:
+        UserError: such a file cannot be read, or is of other sources.
+        RunError: the checkpoint's history is damaged.
+    """
+    known: list[Adjustment] = []
+    reached = plan.phases[plan.config.first_phase].start.row
+    if checkpoint is not None:
+        state = checkpoint.state()
+        reached = state.row
+        try:
+            known = [Adjustment.from_json(entry) for entry in state.mixture_history]
+        except ValueError as error:
+            raise RunError(f"{checkpoint.path}: mixture_history: {error}") from error
+    places = {(entry.phase, entry.row) for entry in known}
+    for phase in plan.phases:
+        if phase.section.mixture_history and phase.end.row > reached:
+            for entry in read_history(Path(phase.section.mixture_history), phase.name):
+                if unknown := sorted(set(entry.shares) - set(plan.sources)):
+                    raise UserError(
+                        f"phase.mixture_history: {phase.section.mixture_history} has shares of {unknown[0]!r}, which "
+                        "is no source of this configuration"
+                    )
+                if entry.row >= reached - phase.start.row and (entry.phase, entry.row) not in places:
+                    known.append(entry)
+    return known
 
 
 def check_resume(
@@ -201,7 +237,7 @@ def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[
     differences = [
         difference
         for difference in configuration.diff(saved, config)
-        if (difference.key.startswith("model.") or difference.key == "run.seed")
+        if (difference.key.startswith("model.") or difference.key in ("run.seed", "data.shuffle"))
         and not _matches(difference.key, _FREE)
         and difference.key not in allow_changes
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_yulan.config.bind import found
+from titan_yulan.config.miniature import without_layout
 from titan_yulan.config.override import Override, apply, phase_sections
 from titan_yulan.config.read import ConfigFile, Node, Origin, Problems, Reader, merge
 from titan_yulan.errors import UserError
@@ -156,7 +157,8 @@ class Assembler:
         if not isinstance(table.value, dict):
             return table
         sections = {name: run.get(name) or Node({}, run.origin.child(name)) for name in phase_sections()}
-        merged = dict(table.value)
+        own = without_layout(table) if run.get("miniature") else table
+        merged = dict(own.value)
         for name, section in sections.items():
             # the section keeps its own origin: a key missing from it is reported once, not once a phase
             if name in merged and isinstance(section.value, dict):

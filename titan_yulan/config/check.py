@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from titan_yulan.config.adaptive import adaptive_groups
 from titan_yulan.config.bind import INVALID, Binder, nearest
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
@@ -104,6 +105,8 @@ class _Check:
             )
         self.compiled_layout(phase, path)
         self.held_out_rows(phase, path)
+        if _sound(phase.adaptive, phase.mix, self.config.data) and _sound(*vars(phase.adaptive).values()):
+            self.adaptive(phase, path)
         if _sound(phase.length) and phase.length is not None:
             self.length(phase, phase.length, (*path, "length"))
         elif _sound(phase.length, phase.mix) and phase.mix and all(isinstance(v, Tokens) for v in phase.mix.values()):
@@ -169,6 +172,39 @@ class _Check:
         elif weights and phase.length is None:
             self.refuse((*path, "length"), "missing; required unless every amount of the mix is in tokens")
 
+    def adaptive(self, phase: PhaseSection, path: KeyPath) -> None:
+        section, sources = phase.adaptive, self.config.data.sources
+        if section.every is None or not _sound(sources, *phase.mix.values()):
+            return
+        path = (*path, "adaptive")
+        self.interval((*path, "every"), section.every)
+        for name, weight in section.weights.items():
+            if name not in sources:
+                self.refuse((*path, "weights", name), f"no table [data.sources] has this name{nearest(name, sources)}")
+            elif section.alpha * weight >= 1:
+                text = f"{weight} with alpha = {section.alpha} could bring a share to 0; lower it below 1 / alpha"
+                self.refuse((*path, "weights", name), text)
+        shares = {name: _amount(value) for name, value in phase.mix.items() if _amount(value)}
+        groups = adaptive_groups(section, shares)
+        if not groups:
+            self.refuse((*path, "groups"), "no group holds two sources of this mix: there is nothing to adjust")
+        seen: dict[str, str] = {}
+        for group, members in groups.items():
+            where = (*path, "groups", group)
+            for name in members:
+                if name in seen:
+                    self.refuse(where, f"{name!r} is in the group {seen[name]!r} too; a source has one group")
+                seen[name] = group
+                if name in sources and _sound(sources[name].validation_path) and not sources[name].validation_path:
+                    self.refuse(
+                        where, f"{name!r} has no held-out part to measure; set data.sources.{name}.validation_path"
+                    )
+            least = min(members, key=lambda name: shares[name])
+            share = shares[least] / sum(shares[name] for name in members)
+            if share < section.floor:
+                text = f"{section.floor} is above the share that {least!r} begins with, {share:.3g} of its group; lower"
+                self.refuse((*path, "floor"), f"{text} it")
+
     def batch(self, phase: PhaseSection, path: KeyPath) -> None:
         size, length, micro = phase.batch.global_batch_size, phase.sequence_length, phase.batch.micro_batch_size
         if isinstance(size, Tokens) and _sound(length) and (size.value % length or size.value < length):
@@ -211,6 +247,10 @@ class _Check:
         end, point = (over.value, hold.value) if same else (_tokens(over, phase), _tokens(hold, phase))
         if end is not None and point is not None and point > end:
             self.refuse((*path, "hold_at"), f"'{hold}' is past the end of the segment, over = '{over}'; lower it")
+
+
+def _amount(value: float | Tokens) -> float:
+    return value.value if isinstance(value, Tokens) else value
 
 
 def _rows(batch: BatchSection, sequence_length: int) -> int | None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from titan_yulan.config.assemble import Assembled, Assembler
 from titan_yulan.config.bind import Binder, found, is_section, keys_of, nearest
 from titan_yulan.config.check import check
+from titan_yulan.config.miniature import make_small
 from titan_yulan.config.model import PRESETS, ModelConfig
-from titan_yulan.config.override import phase_sections, read_overrides, run_sections
+from titan_yulan.config.override import loading_sections, phase_sections, read_overrides, run_sections
 from titan_yulan.config.read import KeyPath, Node, Origin, Problems, Reader, dotted
-from titan_yulan.config.sections import PhaseSection, RunConfig
+from titan_yulan.config.sections import MiniatureSection, PhaseSection, RunConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
     assembled = Assembler(reader.read(path), reader, settings, problems).assemble()
     binder = Binder(problems)
     config = _bind(assembled, binder)
+    if miniature := assembled.run.get("miniature"):
+        config = _made_small(config, miniature, binder)
     check(config, binder)
     problems.raise_all()
     places = binder.places
@@ -55,7 +58,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
 def _bind(assembled: Assembled, binder: Binder) -> RunConfig:
     """Every section bound; sound in all its parts only if `binder.problems` stayed empty."""
     run = assembled.run
-    known = [*run_sections(), *phase_sections(), "phase", "curriculum", "extends"]
+    known = [*run_sections(), *phase_sections(), *loading_sections(), "phase", "curriculum", "extends"]
     for name, node in run.value.items():
         if name not in known:
             hint = nearest(name, known) or f"; known here: {', '.join(known)}"
@@ -69,6 +72,24 @@ def _bind(assembled: Assembled, binder: Binder) -> RunConfig:
             sections[name] = binder.section(section, node, (name,))
     phases = tuple(binder.section(PhaseSection, node, ("phases", i)) for i, node in enumerate(assembled.phases))
     return RunConfig(**sections, phases=phases, first_phase=assembled.first_phase)
+
+
+def _made_small(config: RunConfig, node: Node, binder: Binder) -> RunConfig:
+    """The configuration as its `[miniature]` has it; values that changed come from both places.
+
+    Raises:
+        UserError: mistakes so far, or in the miniature; the checks across sections are for what comes out.
+    """
+    section = binder.section(MiniatureSection, node, ("miniature",))
+    binder.problems.raise_all()
+    small = make_small(config, section, binder)
+    binder.problems.raise_all()
+    before = dict(leaves(config))
+    for path, value in leaves(small):
+        if path in before and before[path] != value:
+            place = binder.at(path)
+            binder.places[path] = replace(place, where=f"{place.where}, made smaller by {node.origin.where}")
+    return small
 
 
 def _model(node: Node, binder: Binder) -> ModelConfig:

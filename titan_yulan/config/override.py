@@ -10,7 +10,7 @@ from typing import Any
 
 from titan_yulan.config.bind import is_section, keys_of
 from titan_yulan.config.read import Node, Origin, Problems, dotted, merge, tomllib
-from titan_yulan.config.sections import PhaseSection, RunConfig
+from titan_yulan.config.sections import MiniatureSection, PhaseSection, RunConfig
 
 
 def run_sections() -> dict[str, type]:
@@ -23,6 +23,11 @@ def phase_sections() -> dict[str, type]:
     """The tables that every phase holds complete, such as [batch]: a file writes them once, [phase.batch] differs."""
     keys = keys_of(PhaseSection).values()
     return {key.name: key.type for key in keys if is_section(key.type)}
+
+
+def loading_sections() -> dict[str, type]:
+    """The tables that act while a file is loaded and are no part of the resolved configuration."""
+    return {"miniature": MiniatureSection}
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,12 @@ def _nodes(value: Any, origin: Origin) -> Node:
     return Node(value, origin)
 
 
+def _tables() -> dict[str, type]:
+    return {**run_sections(), **phase_sections(), **loading_sections(), "phase": PhaseSection}
+
+
 def _exists(path: tuple[str, ...]) -> bool:
-    kind: Any = {**run_sections(), **phase_sections(), "phase": PhaseSection}.get(path[0])
+    kind: Any = _tables().get(path[0])
     for name in path[1:]:
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
@@ -121,7 +130,7 @@ def _nearest_flag(name: str) -> str:
 
 def all_keys() -> Iterator[str]:
     """Every dotted key with a fixed name, such as `optimizer.learning_rate` and `phase.batch.micro_batch_size`."""
-    for name, section in {**run_sections(), **phase_sections(), "phase": PhaseSection}.items():
+    for name, section in _tables().items():
         yield from _keys_below(section, name)
     yield "model.preset"
 

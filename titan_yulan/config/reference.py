@@ -12,7 +12,7 @@ from pathlib import Path
 
 from titan_yulan.config.bind import Key, describe, is_section, keys_of
 from titan_yulan.config.model import PRESETS
-from titan_yulan.config.override import phase_sections, run_sections
+from titan_yulan.config.override import loading_sections, phase_sections, run_sections
 from titan_yulan.config.schema import schema
 from titan_yulan.config.sections import LearningRateSegment, PhaseSection, SourceSection
 from titan_yulan.config.show import toml_value
@@ -24,7 +24,7 @@ def reference() -> str:
     """Every section and key as Markdown tables."""
     sections = {name: section for name, section in run_sections().items() if name != "data"}
     sections = {"phase": PhaseSection, "phase.lr": LearningRateSegment, **phase_sections(), **sections}
-    sections |= {"data": run_sections()["data"], "data.sources.NAME": SourceSection}
+    sections |= {"data": run_sections()["data"], "data.sources.NAME": SourceSection, **loading_sections()}
     return "\n\n".join(_section(name, section) for name, section in sections.items()) + "\n"
 
 

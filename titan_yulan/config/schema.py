@@ -9,7 +9,7 @@ from typing import Any
 
 from titan_yulan.config.bind import NONE_TEXT, Key, is_section, keys_of, union_members
 from titan_yulan.config.model import PRESETS
-from titan_yulan.config.override import phase_sections, run_sections
+from titan_yulan.config.override import loading_sections, phase_sections, run_sections
 from titan_yulan.config.sections import PhaseSection
 from titan_yulan.config.values import Duration, Tokens
 
@@ -26,7 +26,7 @@ def schema() -> dict[str, Any]:
     No key is required by the schema: a file may take any of them from the files it extends. What is required of the
     resolved configuration is said in the descriptions.
     """
-    sections = {**run_sections(), **phase_sections()}
+    sections = {**run_sections(), **phase_sections(), **loading_sections()}
     properties: dict[str, Any] = {
         "extends": {
             "description": "files that this one is laid upon, relative to it",

@@ -282,6 +282,21 @@ class EvalSection:
 
 
 @dataclass(frozen=True)
+class MiniatureSection:
+    """`[miniature]`: the curriculum of the file, or of one that it extends, made smaller.
+
+    It acts while a file is loaded; the resolved configuration holds no `[miniature]`.
+    """
+
+    sequence_length_divisor: int = setting(1, "rows become shorter by this factor", ge=1)
+    batch_divisor: int = setting(1, "a global batch has fewer rows by this factor", ge=1)
+    steps_divisor: int = setting(1, "phases and learning-rate segments have fewer steps by this factor", ge=1)
+    domains: dict[str, str] = setting(
+        help="domain of sources -> the source that takes their place in every mix, with the sum of their shares"
+    )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole configuration, resolved. `phases` runs in order; a run trains `phases[first_phase:]`, and
     the phases before that must be finished in the run folder."""
@@ -299,3 +314,10 @@ class RunConfig:
     monitor: MonitorSection = field(default_factory=MonitorSection, kw_only=True)
     eval: EvalSection = field(default_factory=EvalSection, kw_only=True)
     first_phase: int = 0
+
+    @property
+    def sources_to_read(self) -> tuple[str, ...]:
+        """Names of the sources that the phases to train mix, in the order of `[data.sources]`. The others belong to
+        phases that are finished, or to other files, and need not be there."""
+        mixed = {name for phase in self.phases[self.first_phase :] for name, amount in phase.mix.items() if amount}
+        return tuple(name for name in self.data.sources if name in mixed)

@@ -70,6 +70,8 @@ def toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{quoted_key(name)} = {toml_value(child)}" for name, child in value.items()) + "}"
     if is_section(type(value)):
         keys = keys_of(type(value)).values()
         return "{" + ", ".join(f"{key.name} = {toml_value(getattr(value, key.field.name))}" for key in keys) + "}"

@@ -8,21 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data import hashing
 from titan_yulan.data.partition import rank_rows
-from titan_yulan.data.source import Source
-from titan_yulan.data.tape import Tape
+from titan_yulan.data.tape import Tape, open_tape
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 
 _READ_AT_ONCE = 256
 
 
-def open_tapes(config: RunConfig, plan: Plan) -> list[Tape]:
-    """The tape of every source, by source id."""
-    return [Tape(Source.open(Path(config.data.sources[name].path)), config.run.seed) for name in plan.sources]
+def _open_tapes(plan: Plan, phase: PhasePlan) -> dict[int, Tape]:
+    """The tape of every source of a phase, by source id."""
+    read = phase.counts(phase.rows_total)
+    return {i: open_tape(plan.config, name) for i, name in enumerate(plan.sources) if read[i]}
 
 
 def stream_rows(
@@ -51,7 +50,7 @@ def stream_rows(
         raise UserError(f"--batch {batch}: a global batch has at least one row")
     if (world is None) != (rank is None) or (world is not None and rank is not None and not 0 <= rank < world):
         raise UserError("--world W and --rank R go together, with 0 <= R < W")
-    tapes = open_tapes(config, plan)
+    tapes = _open_tapes(plan, phase)
     rows_a_batch = batch or phase.batch_rows
     start, stop = rank_rows(rows_a_batch, rank, world) if world is not None and rank is not None else (0, rows_a_batch)
     for begin in range(first, first + count, _READ_AT_ONCE):
@@ -81,7 +80,7 @@ def show_step(plan: Plan, step: int, rows: int) -> Iterator[str]:
         raise UserError(f"--step {step}: the run has the steps {begin + 1} to {plan.end.step}")
     phase = plan.phase_at(step - 1)
     tokenizer = Tokenizer.load(Path(config.tokenizer.path))
-    tapes = open_tapes(config, plan)
+    tapes = _open_tapes(plan, phase)
     first = (step - 1 - phase.start.step) * phase.batch_rows
     yield (
         f"step {step} of {plan.end.step}, phase {phase.name!r}: rows {first}-{first + phase.batch_rows - 1} of the "

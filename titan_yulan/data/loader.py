@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -35,6 +35,12 @@ class RowPlan(Protocol):
     @property
     def first_row(self) -> int: ...
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Tapes(Protocol):
+    """The tapes by source id; those of sources that no row reads may be missing."""
+
+    def __getitem__(self, source: int, /) -> Tape: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Batch:
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
 
-def read_rows(plan: RowPlan, tapes: Sequence[Tape], numbers: np.ndarray, size: int) -> Batch:
+def read_rows(plan: RowPlan, tapes: Tapes, numbers: np.ndarray, size: int) -> Batch:
     """Read the rows `numbers` (consecutive, counted in the phase) and fill up with zero-weight rows to `size`."""
     length = plan.sequence_length + 1
     tokens = np.zeros((size, length), dtype=np.int64)
@@ -87,7 +93,8 @@ def read_rows(plan: RowPlan, tapes: Sequence[Tape], numbers: np.ndarray, size: i
 
 
 class Loader:
-    """Iterates over the remaining steps of a phase; each item is the list of this rank's micro-batches of one step.
+    """Iterates over the steps of a phase from `first_step` to `last_step` (None: its end); each item is the list of this
+    rank's micro-batches of one step.
 
     `waited` is how many seconds the consumer waited for the last item. Close it (or use `with`) to end its thread.
     """
@@ -95,9 +102,10 @@ class Loader:
     def __init__(
         self,
         plan: RowPlan,
-        tapes: Sequence[Tape],
+        tapes: Tapes,
         *,
         first_step: int,
+        last_step: int | None = None,
         rank: int,
         world: int,
         micro_batch_size: int,
@@ -107,6 +115,7 @@ class Loader:
         self._plan, self._tapes, self._pin = plan, tapes, pin_memory
         self._micro_batch_size = micro_batch_size
         self._first_step = first_step
+        self._last_step = plan.steps if last_step is None else last_step
         self._start, self._stop = rank_rows(plan.batch_rows, rank, world)
         self._micro_batches = micro_batches(plan.batch_rows, world, micro_batch_size)
         self.waited = 0.0
@@ -114,7 +123,7 @@ class Loader:
 
     def _read_steps(self) -> Iterator[list[Batch]]:
         size = self._micro_batch_size
-        for step in range(self._first_step, self._plan.steps):
+        for step in range(self._first_step, self._last_step):
             numbers = step * self._plan.batch_rows + np.arange(self._start, self._stop)
             batches = [
                 read_rows(self._plan, self._tapes, numbers[i * size : (i + 1) * size], size)

@@ -6,17 +6,20 @@
 
 Epoch e permutes the shards, and the documents inside each shard, by permutations that are pure functions of (seed,
 content of the source, epoch, shard). What stands at a place of the tape therefore does not depend on what was read
-before, and a position is one number. An ordered source is the same in every epoch.
+before, and a position is one number. An ordered source is the same in every epoch, unless `[data] shuffle` names it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from titan_yulan.config.sections import RunConfig
 from titan_yulan.data import hashing
 from titan_yulan.data.source import Source
 
@@ -59,13 +62,15 @@ class _ShardLayout:
 class Tape:
     """See the head of the file. One thread may read while another does."""
 
-    def __init__(self, source: Source, seed: int) -> None:
+    def __init__(self, source: Source, seed: int, shuffle: bool = False) -> None:
         """
         Args:
             source: what is on the tape; it has at least one token.
             seed: seed of the orders.
+            shuffle: also the documents of an ordered source.
         """
         self.source = source
+        self._ordered = source.ordered and not shuffle
         self.seed = seed
         self.length = source.tokens  # tokens of one epoch
         self._shard_tokens = np.array([shard.tokens for shard in source.shards], np.int64)
@@ -110,7 +115,7 @@ class Tape:
         layout = self._epochs.get(epoch)
         if layout is None:
             count = len(self.source.shards)
-            shards = np.arange(count) if self.source.ordered else hashing.permutation(self._key(epoch, "shards"), count)
+            shards = np.arange(count) if self._ordered else hashing.permutation(self._key(epoch, "shards"), count)
             layout = _EpochLayout(shards, _starts(self._shard_tokens[shards]), _starts(self._shard_documents[shards]))
         _remember(self._epochs, epoch, layout)
         return layout
@@ -124,7 +129,7 @@ class Tape:
                 self._verified.add(shard)
             offsets = np.array(self.source.shard_offsets(shard))
             count = len(offsets) - 1
-            order = np.arange(count) if self.source.ordered else hashing.permutation(self._key(epoch, shard), count)
+            order = np.arange(count) if self._ordered else hashing.permutation(self._key(epoch, shard), count)
             layout = _ShardLayout(
                 tokens=self.source.shard_tokens(shard),
                 loss_mask=self.source.shard_loss_mask(shard),
@@ -136,6 +141,17 @@ class Tape:
 
     def _key(self, epoch: int, what: int | str) -> int:
         return hashing.key(self.seed, "tape", self._fingerprint, epoch, what)
+
+
+def open_tape(config: RunConfig, name: str) -> Tape:
+    """The tape of a run's source.
+
+    Raises:
+        UserError: it is not prepared.
+        RunError: it is damaged.
+    """
+    shuffle = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.data.shuffle)
+    return Tape(Source.open(Path(config.data.sources[name].path)), config.run.seed, shuffle)
 
 
 def _gather_places(shard: _ShardLayout, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:

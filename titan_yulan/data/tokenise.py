@@ -1,42 +1,43 @@
 """First half of preparing: input files to token ids, one folder per group of files.
 
-    units/00007/tokens.bin       ids of the group's documents in input order (uint16 or uint32, no header)
-    units/00007/loss_mask.bin    one byte a token; only when some document masks a part
-    units/00007/lengths.npy      int64, tokens of each document
-    units/00007/held_out.npy     bool, is the document in the validation part
-    units/00007/unit.json        counts
-
-A group is one file, or neighbouring small files. Its folder appears whole, by a rename, so a killed run loses only
-the groups it was working on. Documents stream through; memory does not grow with the file.
+A group is one file, or neighbouring small files. Its folder (`data/unit.py`) appears whole, by a rename, so a killed run
+loses only the groups it was working on. Documents stream through; memory does not grow with the file. A file whose
+content breaks off gives nothing at all: what was read of it is taken back.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from titan_yulan.data.documents import BadRow, Document, InputFile, read_documents
-from titan_yulan.data.holdout import HoldOut
-from titan_yulan.data.storage import save_array, sync_files
+from titan_yulan.data.documents import InputFile, read_documents
+from titan_yulan.data.request import Recipe
+from titan_yulan.data.rows import BadRow, Document
+from titan_yulan.data.storage import sync_files
 from titan_yulan.data.tokenizer import Tokenizer
+from titan_yulan.data.unit import NUMBER, STRING, STRING_BYTES, UnitCounts, UnitWriter, finished_counts, unit_folder
 from titan_yulan.errors import UserError
 
 _GROUP_BYTES = 4 * 2**20
-_SHOWN_BAD_ROWS = 5
+_IDEOGRAPHIC_SPACE = "\u3000"
+_SAFE_NAME = re.compile(r"\w([\w.+ -]{0,58}[\w+-])?")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A group of input files; `index` is its place in the input."""
+    """A group of input files; `index` is its place in the input, `size` its bytes."""
 
     index: int
     files: tuple[InputFile, ...]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -44,73 +45,53 @@ class TokeniseJob:
     """What a worker needs besides the unit."""
 
     folder: Path  # the folder of all units
+    recipe: Recipe
     tokenizer: Tokenizer
-    dtype: np.dtype
-    hold_out: HoldOut
     fail_on_bad_row: bool
 
 
-@dataclass
-class UnitCounts:
-    """Counts of one unit; pairs are (training, validation)."""
-
-    documents: list[int] = field(default_factory=lambda: [0, 0])
-    tokens: list[int] = field(default_factory=lambda: [0, 0])
-    text_bytes: list[int] = field(default_factory=lambda: [0, 0])
-    empty: int = 0
-    bad_rows: int = 0
-    shown_bad_rows: list[str] = field(default_factory=list)
-    has_loss_mask: bool = False
+class _DamagedFile(Exception):
+    """The content of a file breaks off or makes no sense; what was read of it before is worth nothing."""
 
 
 def group_files(files: Sequence[InputFile]) -> list[Unit]:
     """Neighbouring files in groups of at most 4 MiB, larger files alone."""
     groups: list[list[InputFile]] = []
-    filled = _GROUP_BYTES
+    sizes: list[int] = []
     for file in files:
         size = file.path.stat().st_size
-        if filled + size > _GROUP_BYTES:
+        if not groups or sizes[-1] + size > _GROUP_BYTES:
             groups.append([])
-            filled = 0
+            sizes.append(0)
         groups[-1].append(file)
-        filled += size
-    return [Unit(index, tuple(group)) for index, group in enumerate(groups)]
-
-
-def unit_folder(folder: Path, index: int) -> Path:
-    return folder / f"{index:05d}"
-
-
-def read_counts(folder: Path, index: int) -> UnitCounts | None:
-    """Counts of a finished unit; None when it is not finished."""
-    file = unit_folder(folder, index) / "unit.json"
-    return UnitCounts(**json.loads(file.read_bytes())) if file.exists() else None
+        sizes[-1] += size
+    return [Unit(index, tuple(group), size) for index, (group, size) in enumerate(zip(groups, sizes, strict=True))]
 
 
 def tokenise_unit(job: TokeniseJob, unit: Unit) -> UnitCounts:
     """Tokenise a unit and put its folder in place; a finished unit is not done again.
 
     Raises:
-        UserError: a file cannot be read, or has a bad row and these are fatal.
+        UserError: a file cannot be read, or has a bad row and these are fatal; or a value of the split-by column
+            names no folder.
     """
-    if (finished := read_counts(job.folder, unit.index)) is not None:
+    if (finished := finished_counts(job.folder, unit.index)) is not None:
         return finished
     final = unit_folder(job.folder, unit.index)
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with (temporary / "tokens.bin").open("wb") as tokens, (temporary / "loss_mask.bin").open("wb") as mask:
-            counts = _write_documents(job, unit, temporary, tokens, mask)
-        if not counts.has_loss_mask:
-            (temporary / "loss_mask.bin").unlink()
-        (temporary / "unit.json").write_text(json.dumps(asdict(counts)))
+        with UnitWriter(temporary, job.recipe) as writer:
+            for file in unit.files:
+                _tokenise_file(job, file, writer)
+        (temporary / "unit.json").write_text(json.dumps(asdict(writer.counts)))
         sync_files(temporary)
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return counts
+    return writer.counts
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray | None]:
@@ -134,49 +115,114 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarra
     return ids, np.repeat(trained, [len(part) for part in encoded])
 
 
-def _write_documents(job: TokeniseJob, unit: Unit, folder: Path, tokens: BinaryIO, mask: BinaryIO) -> UnitCounts:
-    counts = UnitCounts()
-    lengths: list[int] = []
-    held_out: list[bool] = []
-    for file, document, validation in _divided_documents(job, unit, counts):
+def _tokenise_file(job: TokeniseJob, file: InputFile, writer: UnitWriter) -> None:
+    mark = writer.mark()
+    try:
+        for number, document in enumerate(_read(file, job.recipe.columns), start=1):
+            try:
+                if isinstance(document, BadRow):
+                    _count_bad_row(job, writer.counts, document)
+                elif not document.text and not (document.token_ids is not None and document.token_ids.size):
+                    writer.counts.empty += 1
+                else:
+                    _tokenise_document(job, file, document, writer)
+            except ValueError as error:
+                _count_bad_row(job, writer.counts, BadRow(f"{file.name}, document {number}", str(error)))
+    except _DamagedFile as error:
+        if job.fail_on_bad_row:
+            raise UserError(f"{error}: replace the file, or leave such files out with --on-bad-row skip") from error
+        writer.roll_back(mark)
+        writer.counts.bad_files.append(f"{file.name}: {error}")
+
+
+def _tokenise_document(job: TokeniseJob, file: InputFile, document: Document, writer: UnitWriter) -> None:
+    """Divide, encode, filter and write one document of the input.
+
+    Raises:
+        ValueError: it is bad; nothing of it was written.
+    """
+    recipe, columns = job.recipe, document.columns
+    key = _order_key(columns[recipe.order_column], writer.counts.key) if recipe.order_column else None
+    value = _folder_name(columns[recipe.split_by], file) if recipe.split_by else None
+    normal = _normalised(document)
+    pieces = [
+        (piece, held_out, *encode_document(job.tokenizer, piece))
+        for piece, held_out in recipe.hold_out.divide(file, normal)
+    ]
+    writer.counts.ideographic_spaces += normal is not document
+    for piece, held_out, ids, loss_mask in pieces:
+        if len(ids) - 1 < recipe.minimum_tokens:
+            writer.counts.short += 1
+        else:
+            writer.add(ids, loss_mask, len(piece.text.encode()), held_out, value, key)
+
+
+def _read(file: InputFile, columns: Sequence[str]) -> Iterator[Document | BadRow]:
+    """The documents of a file.
+
+    Raises:
+        _DamagedFile: its content cannot be read.
+        UserError: something else is wrong, which leaving out the file would only hide (a missing right or package, a
+            failing disk).
+    """
+    try:
+        yield from read_documents(file, columns)
+    except zlib.error as error:
+        raise _DamagedFile(f"cannot read {file.path}: {error}") from error
+    except UserError as error:
+        cause = error.__cause__
+        elsewhere = isinstance(cause, ImportError | MemoryError | FileNotFoundError)
+        if cause is None or elsewhere or getattr(cause, "errno", None) is not None:
+            raise
+        raise _DamagedFile(str(error)) from error
+
+
+def _normalised(document: Document) -> Document:
+    """The document with U+3000 (the ideographic space) as a plain space; itself when it has none.
+
+    As for the published training data of YuLan-Mini.
+    """
+    if not any(_IDEOGRAPHIC_SPACE in text for text, _ in document.parts):
+        return document
+    parts = tuple((text.replace(_IDEOGRAPHIC_SPACE, " "), trained) for text, trained in document.parts)
+    return replace(document, parts=parts)
+
+
+def _order_key(value: object, kind: str) -> float | bytes:
+    """What a document is sorted by; `kind` is that of the documents before it in the unit."""
+    if isinstance(value, str) and kind != NUMBER:
+        key = value.encode()
+        if len(key) > STRING_BYTES:
+            raise ValueError(f"the value to order by is longer than {STRING_BYTES} bytes: {value[:20]!r}...")
+        return key
+    if isinstance(value, int | float) and not isinstance(value, bool) and kind != STRING:
         try:
-            ids, loss_mask = encode_document(job.tokenizer, document)
-        except ValueError as error:
-            _count_bad_row(job, counts, BadRow(file.name, str(error)))
-            continue
-        tokens.write(ids.astype(job.dtype).tobytes())
-        if loss_mask is not None and not counts.has_loss_mask:
-            counts.has_loss_mask = True
-            for length in lengths:
-                mask.write(b"\x01" * length)
-        if counts.has_loss_mask:
-            mask.write(b"\x01" * len(ids) if loss_mask is None else loss_mask.tobytes())
-        counts.documents[validation] += 1
-        counts.tokens[validation] += len(ids)
-        counts.text_bytes[validation] += len(document.text.encode())
-        lengths.append(len(ids))
-        held_out.append(validation)
-    for name, array in (("lengths", np.array(lengths, np.int64)), ("held_out", np.array(held_out, bool))):
-        with (folder / f"{name}.npy").open("wb") as file:
-            save_array(file, array)
-    return counts
+            number = float(value)
+        except OverflowError:
+            number = math.nan
+        if not math.isnan(number):
+            return number
+    raise ValueError(f"the value to order by is {value!r}, not a {kind or 'number or a string'}")
 
 
-def _divided_documents(job: TokeniseJob, unit: Unit, counts: UnitCounts) -> Iterator[tuple[InputFile, Document, bool]]:
-    for file in unit.files:
-        for document in read_documents(file):
-            if isinstance(document, BadRow):
-                _count_bad_row(job, counts, document)
-            elif not document.text and not (document.token_ids is not None and document.token_ids.size):
-                counts.empty += 1
-            else:
-                for part, validation in job.hold_out.divide(file, document):
-                    yield file, part, validation
+def _folder_name(value: object, file: InputFile) -> str:
+    """The value of the split-by column, if it can name a folder.
+
+    Raises:
+        ValueError: it is neither a string nor a whole number.
+        UserError: it is no name. Leaving the row out could leave out a whole topic.
+    """
+    if not isinstance(value, int | str):
+        raise ValueError(f"the value to split by is {value!r}, neither a string nor a whole number")
+    if not _SAFE_NAME.fullmatch(str(value)):
+        raise UserError(
+            f"{file.path}: the value {str(value)[:100]!r} cannot name a folder (up to 60 letters, digits, blanks "
+            "and _.+-, a letter or digit first): correct the column, or split by another one"
+        )
+    return str(value)
 
 
 def _count_bad_row(job: TokeniseJob, counts: UnitCounts, row: BadRow) -> None:
     if job.fail_on_bad_row:
         raise UserError(f"bad row at {row}: correct it, or skip such rows with --on-bad-row skip")
-    counts.bad_rows += 1
-    if len(counts.shown_bad_rows) < _SHOWN_BAD_ROWS:
-        counts.shown_bad_rows.append(str(row))
+    counts.add_bad_row(str(row))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_yulan.data.loader import read_rows
+from titan_yulan.data.loader import Tapes, read_rows
 from titan_yulan.data.partition import micro_batches, rank_rows
 from titan_yulan.data.tape import Tape
 from titan_yulan.model import Decoder
@@ -44,7 +44,8 @@ def validation_loss(
     decoder: Decoder,
     objective: NextToken,
     held_out: HeldOutRows,
-    tapes: list[Tape],
+    tapes: Tapes,
+    sources: int,
     micro_batch_size: int,
     mesh: Mesh,
     device: torch.device,
@@ -53,12 +54,13 @@ def validation_loss(
     """Sum of cross-entropy and number of tokens per source over all ranks: two tensors (sources,).
 
     Args:
-        tapes: indexed by source id (any tape where a source has no held-out part).
+        tapes: the held-out tapes, by source id.
+        sources: number of sources.
         between: called before every micro-batch, on all ranks alike; may raise to end the evaluation.
     """
     start, stop = rank_rows(held_out.batch_rows, mesh.data_rank, mesh.data_size)
     numbers = np.arange(start, stop)
-    sums = torch.zeros(2, len(tapes), dtype=torch.float64, device=device)
+    sums = torch.zeros(2, sources, dtype=torch.float64, device=device)
     for i in range(micro_batches(held_out.batch_rows, mesh.data_size, micro_batch_size)):
         between("validation")
         part = numbers[i * micro_batch_size : (i + 1) * micro_batch_size]

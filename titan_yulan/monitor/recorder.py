@@ -19,6 +19,7 @@ from torch import Tensor
 
 from titan_yulan import config as configuration
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.errors import explain_os_error
 from titan_yulan.monitor.flops import FORMULA, device_peak, flops_per_token
@@ -72,10 +73,15 @@ class Recorder:
         step = -1 if step is None else step
         self._metrics = JsonLines(folder / "metrics.jsonl", step)
         self._validations = JsonLines(folder / "validation.jsonl", step)
+        self._mixture = JsonLines(folder / "mixture.jsonl", step) if self._adapts() else None
         if lines := read_lines(folder / "validation.jsonl"):
             self._first_losses = lines[0]["validation_loss"]
         self._validated = {line["step"] for line in lines}
         self._open_board(step)
+
+    def _adapts(self) -> bool:
+        """Whether a phase adjusts its mix."""
+        return any(phase.adaptive.every is not None for phase in self._config.phases)
 
     def _open_board(self, step: int) -> None:
         self._board = Board(self._folder / "tensorboard", step) if self._config.monitor.tensorboard else None
@@ -90,6 +96,7 @@ class Recorder:
                     },
                     "curriculum": {
                         "mix": ["Multiline", [r"data/frac/.*"]],
+                        "adjusted shares": ["Multiline", [r"mixture/share/.*"]],
                         "learning rate": ["Multiline", ["optim/lr"]],
                     },
                 }
@@ -109,9 +116,8 @@ class Recorder:
 
     def phase_begins(self, phase: PhasePlan, step: int) -> None:
         """Announce a phase."""
-        shares = ", ".join(
-            f"{name} {share:.1%}" for name, share in zip(phase.sources, phase.weights, strict=True) if share
-        )
+        known = phase.shares((step - phase.start.step) * phase.batch_rows)
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in known.items() if share)
         self.say(
             f"phase {phase.name!r}: steps {step + 1}-{phase.end.step}, {phase.batch_rows} rows of "
             f"{phase.sequence_length} tokens a step, mix {shares}"
@@ -169,6 +175,8 @@ class Recorder:
             with self._writing():
                 self._metrics.rewind(step)
                 self._validations.rewind(step)
+                if self._mixture:
+                    self._mixture.rewind(step)
                 if self._board:
                     self._board.close()
                 self._open_board(step)
@@ -185,6 +193,8 @@ class Recorder:
             with self._writing():
                 self._metrics.sync()
                 self._validations.sync()
+                if self._mixture:
+                    self._mixture.sync()
 
     def _line(self, step: int, values: StepValues, row: list[float]) -> dict[str, Any]:
         n = len(self._plan.sources)
@@ -249,8 +259,8 @@ class Recorder:
                 self._board.scalars(step, scalars)
         self._active, self._waited, self._tokens = 0.0, 0.0, 0
 
-    def validation(self, step: int, sums: Tensor, tokens: Tensor) -> None:
-        """Record validation losses from the global sums of `eval.validation`."""
+    def validation(self, step: int, sums: Tensor, tokens: Tensor) -> dict[str, float]:
+        """Record validation losses from the global sums of `eval.validation`; returns them by source."""
         self.flush()
         losses = {
             name: loss / count
@@ -267,8 +277,9 @@ class Recorder:
         if self._main:
             position = self._plan.position(step)
             with self._writing():
-                self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
-                self._validated.add(step)
+                if step not in self._validated:  # a start that measures for the mixture may do it again
+                    self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
+                    self._validated.add(step)
                 if self._board:
                     scalars = {f"loss/val_{name}": loss for name, loss in losses.items()}
                     if losses:
@@ -276,6 +287,25 @@ class Recorder:
                     self._board.scalars(step, scalars)
                     self._board.flush()
         self._clock = time.perf_counter()
+        return losses
+
+    def mixture(self, adjustment: Adjustment, before: dict[str, float]) -> None:
+        """Record a change of the mix; `before`: the shares until now."""
+        parts = [
+            f"{name} {before[name]:.2%} -> {share:.2%} (perplexity {adjustment.perplexity[name]:.3f})"
+            for name, share in adjustment.shares.items()
+            if name in adjustment.perplexity
+        ]
+        self.say(f"mixture at step {adjustment.step}: " + ", ".join(parts))
+        if not self._main or not self._mixture:
+            return
+        with self._writing():
+            self._mixture.rewind(adjustment.step - 1)  # a start that measures anew replaces what it finds
+            self._mixture.write([adjustment.to_json()])
+            if self._board:
+                values = {f"mixture/share/{name}": share for name, share in adjustment.shares.items()}
+                values |= {f"mixture/perplexity/{name}": value for name, value in adjustment.perplexity.items()}
+                self._board.scalars(adjustment.step, values)
 
     def has_validation(self, step: int) -> bool:
         """Whether the validation after `step` is recorded; known to the main rank."""
@@ -298,6 +328,8 @@ class Recorder:
             return
         self._metrics.close()
         self._validations.close()
+        if self._mixture:
+            self._mixture.close()
         if self._board:
             self._board.close()
         self.say(f"{outcome}: the run is in {self._folder} (MFU formula: {FORMULA})")

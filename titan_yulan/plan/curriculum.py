@@ -5,7 +5,7 @@ alone: what `titan-yulan plan` prints. No torch, no GPU; a source that is not pr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from titan_yulan.curriculum.plan import PhasePlan, Plan
@@ -92,13 +92,14 @@ def forecast(plan: Plan, prepared: Mapping[str, int], gpus: int | None = None) -
         change = phase.weights - before if before is not None else phase.weights * 0
         moves = sorted(zip(phase.sources, change.tolist(), strict=True), key=lambda move: -abs(move[1]))
         ends = plan.learning_rate(phase.start.step), plan.learning_rate(phase.end.step - 1)
-        uses = _uses(phase, prepared)
+        uses = source_uses(phase, prepared)
         forecasts.append(PhaseForecast(phase, ends, uses, on_ranks, float(abs(change).sum() / 2), tuple(moves)))
         before = phase.weights
     return forecasts
 
 
-def _uses(phase: PhasePlan, prepared: Mapping[str, int]) -> tuple[SourceUse, ...]:
+def source_uses(phase: PhasePlan, prepared: Mapping[str, int]) -> tuple[SourceUse, ...]:
+    """What a phase reads, the largest share first; `prepared`: tokens of the sources whose size is known."""
     stands = zip(phase.sources, phase.weights.tolist(), phase.tape_start, phase.tapes(phase.rows_total), strict=True)
     uses = [
         SourceUse(name, share, (end - begin) // phase.sequence_length, begin, end, prepared.get(name))
@@ -129,14 +130,14 @@ def totals(forecasts: Sequence[PhaseForecast]) -> tuple[SourceUse, ...]:
     return tuple(sorted(together, key=lambda use: (-use.tokens, use.name)))
 
 
-def repetitions(forecast: PhaseForecast) -> list[str]:
+def repetitions(phase: PhasePlan, uses: Iterable[SourceUse]) -> list[str]:
     """A line for each source of which a phase needs more than is left unread."""
     lines = []
-    for use in forecast.uses:
+    for use in uses:
         if use.repeats and use.prepared and use.epochs:
             left = max(0, use.prepared - use.begin)
             lines.append(
-                f"phase {forecast.phase.name!r} reads {use.tokens:,} tokens of {use.name}, of whose {use.prepared:,} "
+                f"phase {phase.name!r} reads {use.tokens:,} tokens of {use.name}, of whose {use.prepared:,} "
                 f"{left:,} are left unread: epochs {use.epochs[0]:.2f} to {use.epochs[1]:.2f}"
             )
     return lines

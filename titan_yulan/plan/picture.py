@@ -107,7 +107,7 @@ def _warnings(forecast: PhaseForecast, warn_share: float) -> Iterator[str]:
         yield f"WARNING: {phase.name}: {forecast.moved:.1%} of the mix differs from the phase before: {movers}"
     if forecast.on_ranks is not None and phase.batch_rows < forecast.on_ranks.ranks:
         yield f"WARNING: {phase.name}: {_too_few(phase.batch_rows, forecast.on_ranks)}"
-    yield from (f"WARNING: {line}" for line in repetitions(forecast))
+    yield from (f"WARNING: {line}" for line in repetitions(forecast.phase, forecast.uses))
 
 
 def _too_few(rows: int, share: RankShare) -> str:

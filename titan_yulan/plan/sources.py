@@ -10,15 +10,6 @@ from titan_yulan.data.source import DESCRIPTION, Source
 from titan_yulan.errors import UserError
 
 
-def sources_to_read(config: RunConfig) -> list[str]:
-    """Names of the sources that the phases to train (`first_phase` and later) mix, in the order of the configuration.
-
-    The others of `[data.sources]` belong to phases that are finished, or to other files, and need not be there.
-    """
-    mixed = {name for phase in config.phases[config.first_phase :] for name, amount in phase.mix.items() if amount}
-    return [name for name in config.data.sources if name in mixed]
-
-
 def is_prepared(path: str) -> bool:
     return (Path(path) / DESCRIPTION).exists()
 
@@ -39,7 +30,7 @@ def check_sources_there(config: RunConfig) -> None:
     Raises:
         UserError: naming each source that is missing, with the command that makes it, and the tokenizer if it is.
     """
-    tokenizer, sections, names = config.tokenizer, config.data.sources, sources_to_read(config)
+    tokenizer, sections, names = config.tokenizer, config.data.sources, config.sources_to_read
     missing = [name for name in names if not sections[name].text and not is_prepared(sections[name].path)]
     if not missing:
         return

@@ -4,7 +4,7 @@
 
 `data_mix.csv` holds how many billion tokens each phase took from each source, as published: the recipes (data_mix) of
 github.com/RUC-GSAI/YuLan-Mini, described in arXiv 2412.17743. `sources.csv` gives each source a domain (our grouping,
-for the reader only). What is not in the recipes stands here: the step at which a phase ends, the learning rate, the
+for the reader and for mini.toml). What is not in the recipes stands here: the step at which a phase ends, the learning rate, the
 longer rows of the last two phases. `base.toml` is written by hand.
 """
 
@@ -105,6 +105,7 @@ def sources_text(domains: dict[str, str]) -> str:
     ]
     for source in sorted(domains, key=key):
         lines += ["", f"[data.sources.{key(source)}] # {source}", f'path = "{DATA_ROOT}/{key(source)}"']
+        lines.append(f'domain = "{domains[source]}"')
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,226 @@
+"""Adding columns to documents: each input file becomes one output file with the same rows and more columns.
+
+    OUTPUT/NAME               the rows of input file NAME that gave a document, in order, with the new columns
+    OUTPUT/.done/NAME.json    what it was made from, and the counts; written last
+
+Parquet stays Parquet and JSONL stays JSONL, with all columns of a row; a document of any other kind becomes a line of
+NAME.jsonl. A file is read and written in blocks of rows, appears whole, and is not made again. A column that is there
+already is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from titan_yulan.data.documents import InputFile, read_documents
+from titan_yulan.data.rows import BadRow, Document
+from titan_yulan.data.storage import explain_full_disk, locked, write_atomic
+from titan_yulan.data.workers import ordered_map
+from titan_yulan.errors import UserError
+
+# The new columns of each document, or why it can have none.
+Compute = Callable[[Sequence[Document]], list[dict[str, Any] | str]]
+Say = Callable[[str], None]
+
+_BLOCK = 512  # rows
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done to every file.
+
+    request: all that decides the new columns, for JSON; an output that was made by another request is refused.
+    compute: picklable where several processes share the files.
+    """
+
+    output: Path
+    request: Mapping[str, Any]
+    compute: Compute
+    fail_on_bad_row: bool = False
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one or more files."""
+
+    documents: int = 0
+    bad_rows: int = 0
+    empty: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        self.documents += other.documents
+        self.bad_rows += other.bad_rows
+        self.empty += other.empty
+        self.shown = (self.shown + other.shown)[:_SHOWN]
+
+    def __str__(self) -> str:
+        skipped = f"; skipped: {self.bad_rows:,} bad rows, {self.empty:,} empty documents"
+        return f"{self.documents:,} documents{skipped if self.bad_rows or self.empty else ''}"
+
+
+def annotate(files: Sequence[InputFile], job: Job, workers: int, say: Say) -> Counts:
+    """Annotate every file, in `workers` processes.
+
+    Args:
+        files: from `documents.find_inputs`.
+        say: gets a line for each file, and the total with the first bad rows.
+
+    Raises:
+        UserError: an input cannot be read, an output would replace an input, is of another request, or two inputs
+            would have one output; with `fail_on_bad_row`, the first bad row.
+        RunError: the disk is full, or a worker died.
+    """
+    targets = {file: job.output / _output_name(file) for file in files}
+    inputs = {file.path.resolve() for file in files}
+    for target in targets.values():
+        if target.resolve() in inputs:
+            raise UserError(f"--output {job.output}: {target} is an input and would be replaced; give another folder")
+    if len(set(targets.values())) < len(files):
+        names = sorted(str(target) for target in targets.values())
+        twice = next(name for name, following in pairwise(names) if name == following)
+        raise UserError(f"two inputs would be written to {twice}: give them separate outputs")
+    total, start = Counts(), time.perf_counter()
+    with explain_full_disk(job.output):
+        results = ordered_map(functools.partial(_annotate_file, job), files, workers)
+        for file, (counts, seconds) in zip(files, results, strict=True):
+            total.add(counts)
+            say(f"{targets[file]}: {counts}" + (" (there already)" if seconds is None else f", {seconds:.1f} s"))
+    say(f"{len(files)} files: {total}, {time.perf_counter() - start:.1f} s")
+    for row in total.shown:
+        say(f"    {row}")
+    return total
+
+
+def _annotate_file(job: Job, file: InputFile) -> tuple[Counts, float | None]:
+    """The counts of one file and the seconds it took; None if it was there already."""
+    target = job.output / _output_name(file)
+    record = job.output / ".done" / f"{_output_name(file)}.json"
+    for path in (target, record):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(record.with_suffix(".lock"), functools.partial(print, flush=True)):
+        made_from = {"request": dict(job.request), "bytes": file.path.stat().st_size}
+        if target.exists() and record.exists():
+            done = json.loads(record.read_bytes())
+            _compare(target, record, done["made_from"], json.loads(json.dumps(made_from)))
+            return Counts(**done["counts"]), None
+        start, counts = time.perf_counter(), Counts()
+        write_atomic(target, functools.partial(_write, job, file, counts))
+        content = json.dumps({"made_from": made_from, "counts": vars(counts)}).encode()
+        write_atomic(record, lambda opened: opened.write(content))
+        return counts, time.perf_counter() - start
+
+
+def _compare(target: Path, record: Path, done: dict[str, Any], asked: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: what is there was made from something else.
+    """
+    if done == asked:
+        return
+    old, new = ({"bytes": part["bytes"], **part["request"]} for part in (done, asked))
+    changed = [f"{key} {old.get(key)!r} there, {new.get(key)!r} now" for key in new if old.get(key) != new.get(key)]
+    raise UserError(
+        f"{target} was made from something else ({'; '.join(changed)}): give another --output, or delete {record} to "
+        "make it anew"
+    )
+
+
+def _output_name(file: InputFile) -> str:
+    return file.name if file.kind in ("jsonl", "parquet") else f"{file.name}.jsonl"
+
+
+def _write(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) -> None:
+    if file.kind == "parquet":
+        _write_parquet(job, file, counts, opened)
+    elif file.path.suffix == ".gz":
+        # no name and no time in the header: the same content has the same bytes
+        with gzip.GzipFile("", "wb", fileobj=opened, mtime=0) as compressed:
+            _write_jsonl(job, file, counts, compressed)
+    else:
+        _write_jsonl(job, file, counts, opened)
+
+
+def _write_jsonl(job: Job, file: InputFile, counts: Counts, opened: BinaryIO | gzip.GzipFile) -> None:
+    documents = read_documents(file)
+    lines = _lines(file) if file.kind == "jsonl" else None
+    while block := list(islice(documents, _BLOCK)):
+        raw = list(islice(lines, len(block))) if lines is not None else [None] * len(block)
+        for place, document, columns in _new_columns(job, file, block, counts):
+            line = raw[place]
+            row = _as_row(document) if line is None else json.loads(line)
+            opened.write(json.dumps(row | columns, ensure_ascii=False).encode() + b"\n")
+
+
+def _write_parquet(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    documents = read_documents(file)
+    writer = None
+    try:
+        source = pyarrow.parquet.ParquetFile(file.path)
+        for batch in source.iter_batches(_BLOCK):
+            new = _new_columns(job, file, list(islice(documents, batch.num_rows)), counts)
+            if not new:
+                continue
+            table = pyarrow.Table.from_batches([batch]).take([place for place, _, _ in new])
+            for name in new[0][2]:
+                values = pyarrow.array([columns[name] for _, _, columns in new])
+                there = table.column_names.index(name) if name in table.column_names else None
+                table = table.append_column(name, values) if there is None else table.set_column(there, name, values)
+            writer = writer or pyarrow.parquet.ParquetWriter(opened, table.schema)
+            writer.write_table(table)
+        writer = writer or pyarrow.parquet.ParquetWriter(opened, source.schema_arrow)  # no rows at all
+    except pyarrow.ArrowException as error:
+        raise UserError(f"cannot read {file.path} as Parquet: {error}") from error
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _new_columns(
+    job: Job, file: InputFile, block: Sequence[Document | BadRow], counts: Counts
+) -> list[tuple[int, Document, dict[str, Any]]]:
+    """(place in the block, document, new columns) of those rows that have some; the others are counted."""
+    documents: dict[int, Document] = {}
+    reasons: list[str] = []
+    for place, item in enumerate(block):
+        if isinstance(item, BadRow):
+            reasons.append(str(item))
+        elif not (item.text if item.token_ids is None else len(item.token_ids)):
+            counts.empty += 1
+        else:
+            documents[place] = item
+    new: list[tuple[int, Document, dict[str, Any]]] = []
+    results = job.compute(list(documents.values())) if documents else []
+    for (place, document), result in zip(documents.items(), results, strict=True):
+        if isinstance(result, str):
+            reasons.append(f"{file.name}: {result}")
+        else:
+            new.append((place, document, result))
+    if reasons and job.fail_on_bad_row:
+        raise UserError(f"bad row {reasons[0]}")
+    counts.add(Counts(len(new), len(reasons), 0, reasons[:_SHOWN]))
+    return new
+
+
+def _lines(file: InputFile) -> Iterator[bytes]:
+    """The lines of a JSONL file that `read_documents` makes something of."""
+    opened: io.BufferedIOBase = gzip.open(file.path, "rb") if file.path.suffix == ".gz" else file.path.open("rb")  # type: ignore[assignment]
+    with opened:
+        yield from (line for line in opened if line.strip())
+
+
+def _as_row(document: Document) -> dict[str, Any]:
+    return {"text": document.text} if document.token_ids is None else {"input_ids": document.token_ids.tolist()}

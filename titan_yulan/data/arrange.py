@@ -1,0 +1,237 @@
+"""Which document goes where: filters over the whole input, division by value, order, and the cut into shards.
+
+The documents of one destination (training or validation part, and the value of a split-by column) go to shards in one
+of two ways. Shuffled: document n of the destination goes to bucket `bits(n) mod number of buckets`, and stands inside
+its bucket by a second hash of n; every bucket that got a document becomes a shard. In order: documents are laid one
+after the other, as in the input or by a column, and each goes to the shard in which its first token falls.
+
+The result is a file with one `PLACE` record a document, the records of a shard side by side, so that a worker reads just
+those of its shard. It is filled by a counting sort in two passes over the units: memory is that of one unit, plus,
+where they are asked for, 25 bytes a document of the whole input to find duplicates, and 35 to sort by a number (four of
+these 8-byte columns and the destination; 91 by a string).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from titan_yulan.data import hashing
+from titan_yulan.data.request import Recipe
+from titan_yulan.data.unit import UnitCounts, check_values, read_records, unit_folder
+from titan_yulan.errors import UserError
+
+# One document: its unit, its first token there, its tokens, and what sorts the documents of a shard.
+PLACE = np.dtype([("unit", "<u4"), ("start", "<i8"), ("length", "<i8"), ("order", "<u8")])
+
+
+@dataclass(frozen=True)
+class Units:
+    """All tokenised units of a request; unit u is in folder u modulo their number (one folder for each part)."""
+
+    recipe: Recipe
+    folders: tuple[Path, ...]
+    counts: Sequence[UnitCounts]
+
+    def folder(self, unit: int) -> Path:
+        return unit_folder(self.folders[unit % len(self.folders)], unit)
+
+    def records(self, unit: int) -> np.ndarray:
+        """(documents,) records of `unit.document_dtype`."""
+        return read_records(self.folder(unit), self.recipe, self.counts[unit])
+
+    @property
+    def documents(self) -> int:
+        return sum(sum(counts.documents) for counts in self.counts)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """One source to be written: a side, perhaps one value of the split-by column, and what it will hold."""
+
+    validation: bool
+    value: str  # "" without a split
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: tuple[tuple[int, int], ...]  # first place and number of places of each
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where everything goes. Destinations without documents are left out."""
+
+    destinations: tuple[Destination, ...]
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class _UnitDocuments:
+    """Columns of the documents of one unit that stay, in input order."""
+
+    unit: int
+    first: int  # ordinal of the unit's first document in the whole input
+    rows: np.ndarray  # places of these documents in the unit
+    records: np.ndarray
+    starts: np.ndarray
+    destinations: np.ndarray
+
+
+class _Layout:
+    """Maps documents to destinations: side * number of values + place of the value."""
+
+    def __init__(self, units: Units) -> None:
+        self.units = units
+        self.values = sorted({value for counts in units.counts for value in counts.values}) or [""]
+        check_values(units.recipe, self.values)
+        self.kept = _first_copies(units) if units.recipe.deduplicate else None
+
+    def __len__(self) -> int:
+        return 2 * len(self.values)
+
+    def documents(self) -> Iterator[_UnitDocuments]:
+        """What stays of each unit."""
+        first = 0
+        for unit, counts in enumerate(self.units.counts):
+            records = self.units.records(unit)
+            starts = np.cumsum(records["length"]) - records["length"]
+            destinations = records["held_out"].astype(np.int64) * len(self.values)
+            if self.units.recipe.split_by:
+                places = np.searchsorted(self.values, counts.values) if counts.values else np.zeros(1, np.int64)
+                destinations += places[records["value"]]
+            kept = slice(None) if self.kept is None else self.kept[first : first + len(records)]
+            rows = np.arange(len(records))[kept]
+            yield _UnitDocuments(unit, first, rows, records[kept], starts[kept], destinations[kept])
+            first += len(records)
+
+
+def arrange(units: Units, places: Path) -> Arrangement:
+    """Decide for all documents and write the file of places.
+
+    Args:
+        units: the whole tokenised input.
+        places: the file to write.
+
+    Raises:
+        UserError: the values of the order column are numbers in some files and strings in others, or there are too
+            many values to split by.
+        OSError: the disk is full.
+    """
+    recipe, layout = units.recipe, _Layout(units)
+    totals = {name: np.zeros(len(layout), np.int64) for name in ("documents", "tokens", "text_bytes")}
+    for some in layout.documents():
+        for name, amounts in (
+            ("documents", 1),
+            ("tokens", some.records["length"]),
+            ("text_bytes", some.records["text_bytes"]),
+        ):
+            np.add.at(totals[name], some.destinations, amounts)
+    buckets = np.maximum(1, -(-totals["tokens"] // recipe.shard_tokens))
+    first_bucket = np.cumsum(buckets) - buckets
+    filled = np.zeros(int(buckets.sum()), np.int64)
+    for _, in_bucket, _ in _bucketed(layout, buckets, first_bucket):
+        filled += np.bincount(in_bucket, minlength=len(filled))
+    _write_places(places, layout, buckets, first_bucket, filled)
+    ends = np.cumsum(filled)
+    destinations = []
+    for code in np.flatnonzero(totals["documents"]).tolist():
+        own = range(int(first_bucket[code]), int(first_bucket[code] + buckets[code]))
+        destinations.append(
+            Destination(
+                validation=code >= len(layout.values),
+                value=layout.values[code % len(layout.values)],
+                shards=tuple((int(ends[b] - filled[b]), int(filled[b])) for b in own if filled[b]),
+                **{name: int(total[code]) for name, total in totals.items()},
+            )
+        )
+    return Arrangement(tuple(destinations), units.documents - int(totals["documents"].sum()))
+
+
+def running_sums(groups: np.ndarray, amounts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """For each item the sum of the amounts of its group before it, on top of the group's total so far.
+
+    Args:
+        groups: (n,) index into totals.
+        amounts: (n,) int64.
+        totals: (groups,) int64, gets the new totals.
+    """
+    order = np.argsort(groups, kind="stable")
+    sorted_groups, sorted_amounts = groups[order], amounts[order]
+    sums = np.cumsum(sorted_amounts) - sorted_amounts
+    present, first, sizes = np.unique(sorted_groups, return_index=True, return_counts=True)
+    sums += np.repeat(totals[present] - sums[first], sizes)
+    np.add.at(totals, groups, amounts)
+    result = np.empty_like(sums)
+    result[order] = sums
+    return result
+
+
+def _write_places(
+    path: Path, layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray, filled: np.ndarray
+) -> None:
+    """Second pass of the counting sort: every document's record to the next free place of its bucket."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, int(filled.sum()) * PLACE.itemsize))  # a full disk shows here
+    places = np.memmap(path, PLACE, mode="r+")
+    following = np.cumsum(filled) - filled
+    for some, in_bucket, order in _bucketed(layout, buckets, first_bucket):
+        records = np.empty(len(in_bucket), PLACE)
+        records["unit"], records["start"], records["length"] = some.unit, some.starts, some.records["length"]
+        records["order"] = order
+        places[running_sums(in_bucket, np.ones(len(in_bucket), np.int64), following)] = records
+    places.flush()
+
+
+def _bucketed(
+    layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray
+) -> Iterator[tuple[_UnitDocuments, np.ndarray, np.ndarray]]:
+    """For each unit its documents, their buckets (counted through all destinations), and their order there."""
+    recipe = layout.units.recipe
+    sorted_starts = _sorted_starts(layout) if recipe.order_column else None
+    bucket_key = hashing.key(recipe.seed, "prepare", "bucket")
+    order_key = hashing.key(recipe.seed, "prepare", "order")
+    totals = np.zeros(len(layout), np.int64)
+    for some in layout.documents():
+        to = some.destinations
+        if sorted_starts is not None:
+            order = sorted_starts[some.first + some.rows]
+            bucket = order // recipe.shard_tokens
+        elif recipe.ordered:
+            order = running_sums(to, some.records["length"], totals)
+            bucket = order // recipe.shard_tokens
+        else:
+            ordinals = running_sums(to, np.ones(len(to), np.int64), totals)
+            order = hashing.bits(order_key, ordinals)
+            bucket = (hashing.bits(bucket_key, ordinals) % buckets[to].astype(np.uint64)).astype(np.int64)
+        yield some, first_bucket[to] + bucket, order
+
+
+def _first_copies(units: Units) -> np.ndarray:
+    """(documents of the input,) bool: false for a document whose content stood somewhere before it."""
+    contents = np.empty(units.documents, np.uint64)
+    first = 0
+    for unit in range(len(units.counts)):
+        records = units.records(unit)
+        contents[first : first + len(records)] = records["content"]
+        first += len(records)
+    order = np.argsort(contents, kind="stable")
+    contents = contents[order]
+    kept = np.ones(len(contents), bool)
+    kept[order[1:][contents[1:] == contents[:-1]]] = False
+    return kept
+
+
+def _sorted_starts(layout: _Layout) -> np.ndarray:
+    """(documents of the input,) int64: the first token of each in its sorted destination; left-out documents: any."""
+    recipe, counts = layout.units.recipe, layout.units.counts
+    kinds = {unit.key for unit in counts if unit.key}
+    if len(kinds) > 1:
+        raise UserError(
+            f"source {recipe.name}: the column {recipe.order_column!r} holds numbers in some files and strings in "
+            "others: make them alike"
+        )
+    ...

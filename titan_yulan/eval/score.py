@@ -1,0 +1,202 @@
+"""Perplexity of documents under a trained model: what sorts them from easy to hard.
+
+    perplexity = exp(sum of the cross-entropies of the document's tokens / number of its tokens)
+
+Its first token is predicted from end of text, as in training, where a document follows another one's end; end of text
+itself is not counted. A document longer than the context is cut into windows that do not overlap: each token counts
+once, and the first token of a later window is predicted from the one token before it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan_yulan.checkpoint.layout import MANIFEST, hash_file, open_checkpoint
+from titan_yulan.data.annotate import Counts, Job, annotate
+from titan_yulan.data.documents import find_inputs
+from titan_yulan.data.rows import Document
+from titan_yulan.data.tokenizer import Tokenizer
+from titan_yulan.errors import RunError, UserError
+from titan_yulan.eval.load import load_decoder
+from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
+from titan_yulan.kernels.runtime import Kernels
+from titan_yulan.model import Decoder
+from titan_yulan.parallel.fsdp import is_replicated
+
+_LARGEST_LOSS = 700.0  # the exponential of a little more is no float64
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Some tokens of a document; `targets` are `inputs` one place later."""
+
+    document: int
+    inputs: np.ndarray
+    targets: np.ndarray
+
+
+class Scorer:
+    """Perplexities of documents, many at a time; see the head of this file."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, context: int, batch_tokens: int) -> None:
+        """
+        Args:
+            decoder: on the device and in the types that it computes in.
+            context: tokens of a window, at most.
+            batch_tokens: tokens of a batch, padding included; a batch holds at least one window.
+        """
+        self.decoder, self.tokenizer, self.context, self.batch_tokens = decoder, tokenizer, context, batch_tokens
+        self.device = decoder.head_weight().device
+
+    def __call__(self, documents: Sequence[Document]) -> list[dict[str, Any] | str]:
+        """`perplexity` and `tokens` of each document, or why it has none.
+
+        Raises:
+            RunError: the model gives no finite loss.
+        """
+        ids = [self._ids(document) for document in documents]
+        windows = [window for i, part in enumerate(ids) if not isinstance(part, str) for window in self._cut(i, part)]
+        # similar lengths side by side: little padding
+        windows.sort(key=lambda window: -len(window.inputs))
+        sums = torch.zeros(len(documents), dtype=torch.float64, device=self.device)
+        for batch in self._batches(windows):
+            places = torch.tensor([window.document for window in batch], device=self.device)
+            sums.index_add_(0, places, self._losses(batch))
+        results: list[dict[str, Any] | str] = []
+        for part, total in zip(ids, sums.tolist(), strict=True):
+            if isinstance(part, str):
+                results.append(part)
+            elif not math.isfinite(total):
+                raise RunError(
+                    "the model gives a loss that is not finite: is its checkpoint that of a run that failed?"
+                )
+            else:
+                results.append({"perplexity": math.exp(total / len(part)), "tokens": len(part)})
+        return results
+
+    def _ids(self, document: Document) -> np.ndarray | str:
+        if document.token_ids is None:
+            return np.array(self.tokenizer.encode(document.text), dtype=np.int64)
+        largest = int(document.token_ids.max())
+        if largest >= self.tokenizer.vocab_size:
+            return f"token id {largest} is outside the vocabulary of {self.tokenizer.vocab_size}"
+        return document.token_ids
+
+    def _cut(self, document: int, ids: np.ndarray) -> list[_Window]:
+        inputs = np.concatenate([[self.tokenizer.eos_id], ids[:-1]])
+        places = [slice(start, start + self.context) for start in range(0, len(ids), self.context)]
+        return [_Window(document, inputs[place], ids[place]) for place in places]
+
+    def _batches(self, windows: Sequence[_Window]) -> list[Sequence[_Window]]:
+        """Windows of falling length in batches; the first of a batch is its longest."""
+        batches, start = [], 0
+        while start < len(windows):
+            count = max(1, self.batch_tokens // len(windows[start].inputs))
+            batches.append(windows[start : start + count])
+            start += count
+        return batches
+
+    @torch.no_grad()
+    def _losses(self, batch: Sequence[_Window]) -> Tensor:
+        """Sum of the cross-entropies of each window, (windows,) float64."""
+        shape = (len(batch), len(batch[0].inputs))
+        inputs, targets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        weights = np.zeros(shape, dtype=np.float32)
+        for row, window in enumerate(batch):
+            length = len(window.inputs)
+            inputs[row, :length], targets[row, :length], weights[row, :length] = window.inputs, window.targets, 1
+        on_device = [torch.from_numpy(array).to(self.device) for array in (inputs, targets, weights)]
+
+        def head(hidden: Tensor, weight: Tensor) -> Tensor:
+            kernels = cast(Kernels, self.decoder.config.kernels)
+            _, losses = linear_cross_entropy(
+                hidden.flatten(0, 1), weight, on_device[1].flatten(), on_device[2].flatten(), kernels=kernels
+            )
+            return losses.view(shape).double().sum(1)
+
+        # what is added behind a window does not reach it
+        return self.decoder(on_device[0], head=head)
+
+
+def in_compute_precision(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """The decoder on a device, in the types of a training step: matrices in `dtype`, scalars and norms in float32."""
+    for name, parameter in decoder.named_parameters():
+        parameter.data = parameter.data.to(device, parameter.dtype if is_replicated(name) else dtype)
+    return decoder.eval()
+
+
+def score(
+    run: Path,
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    context: int | None = None,
+    batch_tokens: int = 16384,
+    device: str | None = None,
+    on_bad_row: Literal["skip", "fail"] = "skip",
+    say: Callable[[str], None] = print,
+) -> Counts:
+    """Write every input file into `output`, with the columns `perplexity` and `tokens` (see `data.annotate`).
+
+    Of several ranks (torchrun's RANK and WORLD_SIZE), rank r scores files r, r + WORLD_SIZE, ...
+
+    Args:
+        run: run folder or checkpoint folder; the model computes in the precision that it was trained in.
+        context: tokens of a window; None: the sequence length that the checkpoint was trained with.
+        device: cpu, cuda or cuda:N; None: this rank's GPU where there is one.
+
+    Raises:
+        UserError: the request is wrong, or an input cannot be read.
+        RunError: the checkpoint is missing or damaged, the disk is full, or a loss is not finite.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    files = find_inputs(inputs)[rank::world]
+    place = _device(device)
+    checkpoint = open_checkpoint(run)
+    decoder, config = load_decoder(checkpoint.path)
+    phase = next(phase for phase in config.phases if phase.name == checkpoint.state().phase)
+    context = phase.sequence_length if context is None else context
+    longest = max(config.model.max_position_embeddings, phase.sequence_length)
+    if not 1 <= context <= longest or batch_tokens < 1:
+        raise UserError(f"--context must be from 1 to {longest} for this model, --batch-tokens at least 1")
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{config.tokenizer.path} has {tokenizer.vocab_size} entries, the model in {run} has "
+            f"{config.model.vocab_size}: it was not trained with this vocabulary"
+        )
+    request = {
+        "model": hash_file(checkpoint.path / MANIFEST),
+        "tokenizer": tokenizer.fingerprint,
+        "context": context,
+        "precision": phase.parallel.compute_dtype,
+    }
+    decoder = in_compute_precision(decoder, getattr(torch, phase.parallel.compute_dtype), place)
+    job = Job(output, request, Scorer(decoder, tokenizer, context, batch_tokens), on_bad_row == "fail")
+    prefix = f"rank {rank}: " if world > 1 else ""
+    return annotate(files, job, 1, lambda line: say(f"{prefix}{line}"))
+
+
+def _device(name: str | None) -> torch.device:
+    """
+    Raises:
+        UserError: there is no such device.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {error}") from error
+    return device
