@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _checkpoint_verbs(verbs)
 
+    picture = _verb(verbs, "plot", "draw a run: learning rate, loss of every source, mixture", _draw)
+    picture.add_argument("run", help="run folder")
+    picture.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf (default: curves.png in the run folder)")
+
     generate = _verb(verbs, "generate", "continue a text with the newest checkpoint of a run", _generate)
     generate.add_argument("--run", required=True, help="run folder or checkpoint folder")
     generate.add_argument("--prompt", required=True)
@@ -365,6 +369,12 @@ def _checkpoint_prune(options: argparse.Namespace) -> None:
     from titan_yulan.checkpoint.report import prune_checkpoints
 
     print("\n".join(prune_checkpoints(Path(options.folder), options.keep, delete=options.yes)))
+
+
+def _draw(options: argparse.Namespace) -> None:
+    from titan_yulan.monitor.plot import plot
+
+    print(plot(Path(options.run), Path(options.output) if options.output else None))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.checkpoint.resume import Resume, check_data, check_resume, make_plan, run_folder
 from titan_yulan.config.model import PRESETS
 from titan_yulan.config.sections import (
+    AdaptiveSection,
     BatchSection,
     CheckpointSection,
     ParallelSection,
@@ -23,9 +25,10 @@ from titan_yulan.config.sections import (
     SourceSection,
 )
 from titan_yulan.config.values import Duration
+from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.curriculum.position import Position
-from titan_yulan.errors import UserError
+from titan_yulan.errors import RunError, UserError
 
 MIX = {"code": 0.6, "math": 0.4}
 LR = (segment("constant"),)
@@ -42,7 +45,7 @@ def changed(index: int, **changes: Any) -> RunConfig:
     return configuration(*phases)
 
 
-def stopped(folder: Path, step: int, config: RunConfig | None = None) -> Checkpoint:
+def stopped(folder: Path, step: int, config: RunConfig | None = None, **more: Any) -> Checkpoint:
     """What a run of `config` (by default the three phases) leaves after `step` steps."""
     config = config or three_phases()
     plan = Plan(config)
@@ -58,6 +61,7 @@ def stopped(folder: Path, step: int, config: RunConfig | None = None) -> Checkpo
         tapes=tapes,
         sources=dict.fromkeys(plan.sources, "x"),
         origin={"step": 0, "row": 0, "token": 0, "tapes": {}},
+        **more,
     )
     return make_checkpoint(folder / "checkpoints", step, configuration_package.to_toml(config), state)
 
@@ -156,7 +160,9 @@ def test_changes_of_what_comes_are_told(tmp_path: Path, config: RunConfig, line:
         (three_phases(run=RunSection(name="test", seed=7, deterministic=True)), "run.deterministic: false -> true"),
         (replace(three_phases(), model=replace(PRESETS["debug"], hidden_size=96)), "model.hidden_size: 192 -> 96"),
         (
-            three_phases(sources={**three_phases().data.sources, "code": SourceSection(path="data/code", order="keep")}),
+            three_phases(
+                sources={**three_phases().data.sources, "code": SourceSection(path="data/code", order="keep")}
+            ),
             'data.sources.code.order: "shuffle" -> "keep"',
         ),
         (changed(1, mix={"code": 0.7, "math": 0.4}), "phase.b.mix.code: 0.6 -> 0.7"),
@@ -293,3 +299,37 @@ def test_other_data_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Changed since then:\n  tokenizer: the vocabulary\n"):
         check_data(checkpoint, {**PRINTS, "math": "other"}, "another", ["data.sources.math"])
     check_data(checkpoint, {**PRINTS, "math": "other"}, "another", ["data.sources.math", "tokenizer"])
+
+
+def test_shares_behind_the_checkpoint_stay_and_those_after_it_come_from_the_log(tmp_path: Path) -> None:
+    def entry(row: int, code: float, name: str = "b") -> Adjustment:
+        return Adjustment(name, 10 + row // 8, row, {"code": code, "math": 1 - code}, {"code": 2.0, "math": 3.0})
+
+    log = tmp_path / "mixture.jsonl"
+    log.write_text("\n".join(json.dumps(e.to_json()) for e in (entry(0, 0.6), entry(16, 0.7), entry(56, 0.8))))
+    config = changed(1, mixture_history=str(log))
+    assert make_plan(config, None).history == (entry(0, 0.6), entry(16, 0.7), entry(56, 0.8))
+    trained = [entry(0, 0.6), entry(16, 0.1)]
+    checkpoint = stopped(tmp_path, 15, config, mixture_history=[e.to_json() for e in trained])
+    plan = make_plan(config, checkpoint)  # 5 steps, 40 rows into phase b
+    assert plan.history == (*trained, entry(56, 0.8))
+    assert plan.phases[1].shares(55)["code"] == 0.1 and plan.phases[1].shares(56)["code"] == 0.8
+    assert make_plan(config, stopped(tmp_path, 25, config)).history == ()  # phase b is over
+    log.write_text(json.dumps(replace(entry(0, 0.6), shares={"other": 1.0}).to_json()))
+    with pytest.raises(UserError, match="has shares of 'other', which is no source of this configuration"):
+        make_plan(config, None)
+    damaged = stopped(tmp_path / "damaged", 15, mixture_history=[{"row": 3}])
+    with pytest.raises(RunError, match="step-00000015: mixture_history: not an adjustment"):
+        make_plan(three_phases(), damaged)
+
+
+def test_a_change_of_the_adaptive_mixture_is_told_and_the_log_of_a_finished_phase_is_free(tmp_path: Path) -> None:
+    checkpoint = stopped(tmp_path, 15)
+    config = changed(1, adaptive=AdaptiveSection(alpha=0.5))
+    (notice,) = resume(config, checkpoint).notices
+    assert "phase.b.adaptive.alpha: 0.1 -> 0.5" in notice
+    with pytest.raises(UserError, match=r"phase\.a\.adaptive\.alpha: 0\.1 -> 0\.5"):
+        resume(changed(0, adaptive=AdaptiveSection(alpha=0.5)), checkpoint)
+    assert resume(changed(0, mixture_history="gone.jsonl"), checkpoint).step == 15
+    with pytest.raises(UserError, match=r"data\.shuffle: \[\] -> \[\"code\"\]"):
+        resume(replace(config, data=replace(config.data, shuffle=("code",))), checkpoint)

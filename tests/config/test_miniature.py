@@ -149,7 +149,9 @@ def test_groups_and_weights_of_an_adaptive_phase_follow_the_sources(tmp_path: Pa
     assert config.phases[0].adaptive.weights == {"math": 1.0, "code": 2.0}
     assert config.phases[0].adaptive.groups == {"all": ("math", "code")}
     (line,) = refusal(tmp_path, ("[batch]", adaptive.replace("python = 2.0", "books = 2.0")))
-    assert line.startswith("small.toml:16: adaptive.weights: 2.0 for books, but 1.0 for another that 'math' stands for;")
+    assert line.startswith(
+        "small.toml:16: adaptive.weights: 2.0 for books, but 1.0 for another that 'math' stands for;"
+    )
 
 
 def test_every_mistake_in_domains_is_told_at_once(tmp_path: Path) -> None:

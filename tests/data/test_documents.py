@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -56,7 +57,6 @@ def test_jsonl_names_every_bad_line(tmp_path: Path, suffix: str) -> None:
 
 
 def test_parquet_text_and_token_ids(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     rows = 1500  # more than one batch
     table = pyarrow.table({"text": [None if row == 1200 else f"t{row}" for row in range(rows)], "id": range(rows)})
     pyarrow.parquet.write_table(table, tmp_path / "text.parquet")
@@ -76,14 +76,12 @@ def test_parquet_text_and_token_ids(tmp_path: Path) -> None:
 
 
 def test_parquet_with_other_columns_only(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x", "y"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet has no column of documents.* its columns are 'body'"):
         read(tmp_path / "a.parquet")
 
 
 def test_whole_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-9])
     for name in ("a.parquet", "b.jsonl.gz"):
@@ -180,8 +178,141 @@ def test_json_of_a_chat_line(tmp_path: Path) -> None:
     assert texts(tmp_path / "c.jsonl") == ["### Assistant\n\nhi"]
 
 
-def test_parquet_without_datasets_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
         read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"question": "Why?", "answer": "So."}, "Why?\n\nSo."),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2\n\n3"),
+        ({"instruction": "Sing.", "input": "", "output": "La"}, "Sing.\n\nLa"),
+        ({"instruction": "Sing.", "output": "La"}, "Sing.\n\nLa"),
+        ({"text": "whole", "question": "q", "answer": "a"}, "whole"),
+        ({"text": None, "question": "q", "answer": "a", "instruction": "i", "output": "o"}, "q\n\na"),
+    ],
+)
+def test_pairs_are_plain_documents(row: dict[str, object], text: str) -> None:
+    assert parse_row(row).parts == ((text, True),)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q"}, "'answer' has no value"),
+        ({"question": "q", "answer": ""}, "'answer' has no value"),
+        ({"question": "", "answer": "a"}, "'question' has no value"),
+        ({"question": ["q"], "answer": "a"}, "'question' is a list"),
+        ({"instruction": "i", "input": 3, "output": "o"}, "'input' is a int"),
+        ({"answer": "a"}, "keys: 'answer'"),
+    ],
+)
+def test_broken_pairs_are_bad_rows(row: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_row(row)
+
+
+def test_further_columns_are_carried_and_their_absence_named(tmp_path: Path) -> None:
+    rows = [{"text": "a", "perplexity": 3.5, "x": [1]}, {"text": "b"}, {"text": "c", "perplexity": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pyarrow.parquet.write_table(pyarrow.table({"perplexity": [3.5, None], "text": ["a", "b"]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        first, *others = read_documents(find_inputs([str(tmp_path / name)])[0], ["perplexity"])
+        assert isinstance(first, Document) and (first.text, dict(first.columns)) == ("a", {"perplexity": 3.5})
+        assert others and all(f"{name}:" in str(row) and "'perplexity' has no value" in str(row) for row in others)
+    (tmp_path / "a.txt").write_text("x")
+    for name, message in (("a.txt", "a.txt is no table"), ("a.parquet", "no column 'topic'.*'perplexity', 'text'")):
+        with pytest.raises(UserError, match=message):
+            list(read_documents(find_inputs([str(tmp_path / name)])[0], ["topic"]))
+
+
+def test_parquet_with_broken_rows(tmp_path: Path) -> None:
+    cells = [b"good", None, b"half \xed\xa0\x80", b"\xff", "naïve".encode()]
+    binary = pyarrow.array(cells, pyarrow.binary())
+    for name, column in (("text", binary.view(pyarrow.string())), ("bytes", binary)):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+        read_back = texts(tmp_path / f"{name}.parquet")
+        assert (read_back[0], read_back[4]) == ("good", "naïve")
+        assert "none of the keys" in read_back[1]
+        assert read_back[2:4] == [
+            f"{name}.parquet:3: 'text' is not UTF-8 (byte 5)",
+            f"{name}.parquet:4: 'text' is not UTF-8 (byte 0)",
+        ]
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    assert texts(tmp_path / "numbers.parquet")[1] == "numbers.parquet:2: 'text' is a int, not a string"
+
+
+def test_a_truncated_parquet_file_is_named_whatever_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    generator = random.Random(0)
+    table = pyarrow.table({"text": [generator.randbytes(200).hex() for _ in range(5000)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=1000)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    for damaged in (whole[: len(whole) // 2], whole[:-1], b"", whole[:50] + whole[-footer:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*a\.parquet as Parquet"):
+            read(path)
+
+
+def test_paths_with_pattern_characters_are_read_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]*"
+    folder.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), folder / "b?.parquet")
+    assert texts(folder) == ["x"]
+
+
+def write_shard(path: Path, rows: list[list[int]], counts: list[int] | None = None) -> None:
+    """A tokenised shard and its metadata as YuLan-Mini's preprocessing writes them."""
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": pyarrow.array(rows, pyarrow.list_(pyarrow.int64()))}), path)
+    counts = [len(row) for row in rows] if counts is None else counts
+    entries = [{"source": f"a.jsonl:{place}", "num_tokens": count} for place, count in enumerate(counts)]
+    metadata = {"total_tokens_num": sum(counts), "metadata": entries}
+    path.with_name(f"{path.stem}-metadata.json").write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("spelling", ["splited_part-{}", "splitted_part-{:04d}"])
+def test_tokenised_shards_in_their_natural_order(tmp_path: Path, spelling: str) -> None:
+    for number in range(12):
+        write_shard(tmp_path / f"{spelling.format(number)}.parquet", [[number, 1], [number, 2, 3]])
+    for argument in (tmp_path, tmp_path / "*", tmp_path / "*.parquet"):
+        ids = [document.token_ids.tolist() for document in read(argument)]  # type: ignore[union-attr]
+        assert ids == [row for number in range(12) for row in ([number, 1], [number, 2, 3])]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([2, 4, 1], "row 2, has 3 tokens, but splited_part-0-metadata.json counts 4"),
+        ([2, 3], "has 3 rows, but splited_part-0-metadata.json counts 2"),
+        ([2, 3, 1, 1], "has 3 rows, but splited_part-0-metadata.json counts 4"),
+        (None, "metadata.json is damaged"),
+        ([], "contradicts itself"),
+    ],
+)
+def test_shards_and_metadata_must_agree(tmp_path: Path, counts: list[int] | None, message: str) -> None:
+    path, metadata = tmp_path / "splited_part-0.parquet", tmp_path / "splited_part-0-metadata.json"
+    write_shard(path, [[1, 2], [3, 4, 5], [6]], counts or [2, 3, 1])
+    if counts is None:
+        metadata.write_text(metadata.read_text()[:-20])
+    elif not counts:
+        metadata.write_text(metadata.read_text().replace('num": 6', 'num": 7'))
+    with pytest.raises(UserError, match=message):
+        read(tmp_path)
+    metadata.unlink()
+    assert len(read(tmp_path)) == 3
+
+
+def test_numbers_in_names_sort_as_numbers(tmp_path: Path) -> None:
+    names = ["1.txt", "2.txt", "02.txt", "10.txt", "a-9/b-2.txt", "a-9/b-10.txt", "a-10/b-1.txt", "a/1.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    order = texts(tmp_path)
+    assert sorted(order) == sorted(names)
+    assert [name for name in order if name[0] != "a"] == ["1.txt", "02.txt", "2.txt", "10.txt"]
+    assert [name for name in order if name[0] == "a"] == ["a/1.txt", "a-9/b-2.txt", "a-9/b-10.txt", "a-10/b-1.txt"]

@@ -46,7 +46,7 @@ _FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*", "data.s
 # frozen.
 # What --allow-change lets move the rows: then the plan cannot be compared with the checkpoint's place any more.
 _MOVES_ROWS = ("run.seed", "data.", "phase.")
-_FROZEN_CURRENT = ("mix*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
+_FROZEN_CURRENT = ("mix", "mix.*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
 # Tables of a phase that decide how it is computed, not what: a change is told, never refused.
 _LAYOUT = ("parallel", "activation_checkpoint")
 
@@ -221,6 +221,8 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     name, _, rest = key.removeprefix("phase.").partition(".")
     if rest.partition(".")[0] in _LAYOUT:
         return False  # may change the rounding, not the stream: noted
+    if rest == "mixture_history":
+        return False  # what it says of rows behind the checkpoint is in the checkpoint
     if name not in present:
         return False  # a phase file may name only the phases up to its own
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))

@@ -22,7 +22,7 @@ import numpy as np
 
 from titan_yulan.data import hashing
 from titan_yulan.data.request import Recipe
-from titan_yulan.data.unit import UnitCounts, check_values, read_records, unit_folder
+from titan_yulan.data.unit import STRING, STRING_BYTES, UnitCounts, check_values, read_records, unit_folder
 from titan_yulan.errors import UserError
 
 # One document: its unit, its first token there, its tokens, and what sorts the documents of a shard.
@@ -74,38 +74,45 @@ class _UnitDocuments:
     """Columns of the documents of one unit that stay, in input order."""
 
     unit: int
-    first: int  # ordinal of the unit's first document in the whole input
-    rows: np.ndarray  # places of these documents in the unit
+    ordinals: np.ndarray  # in the whole input
     records: np.ndarray
-    starts: np.ndarray
+    starts: np.ndarray  # in the unit's tokens
     destinations: np.ndarray
 
 
+_Bucketed = tuple[_UnitDocuments, np.ndarray, np.ndarray]
+
+
 class _Layout:
-    """Maps documents to destinations: side * number of values + place of the value."""
+    """The documents that stay, and their destinations: side * number of values + place of the value."""
 
     def __init__(self, units: Units) -> None:
         self.units = units
         self.values = sorted({value for counts in units.counts for value in counts.values}) or [""]
         check_values(units.recipe, self.values)
         self.kept = _first_copies(units) if units.recipe.deduplicate else None
+        self.totals = {name: np.zeros(len(self), np.int64) for name in ("documents", "tokens", "text_bytes")}
+        for some in self.documents():
+            np.add.at(self.totals["documents"], some.destinations, 1)
+            np.add.at(self.totals["tokens"], some.destinations, some.records["length"])
+            np.add.at(self.totals["text_bytes"], some.destinations, some.records["text_bytes"])
+        self.sorted_starts = _sorted_starts(self) if units.recipe.order_column else None
 
     def __len__(self) -> int:
         return 2 * len(self.values)
 
     def documents(self) -> Iterator[_UnitDocuments]:
-        """What stays of each unit."""
+        """What stays of each unit, in input order."""
         first = 0
         for unit, counts in enumerate(self.units.counts):
             records = self.units.records(unit)
             starts = np.cumsum(records["length"]) - records["length"]
             destinations = records["held_out"].astype(np.int64) * len(self.values)
-            if self.units.recipe.split_by:
-                places = np.searchsorted(self.values, counts.values) if counts.values else np.zeros(1, np.int64)
-                destinations += places[records["value"]]
+            if counts.values:
+                destinations += np.searchsorted(self.values, counts.values)[records["value"]]
             kept = slice(None) if self.kept is None else self.kept[first : first + len(records)]
-            rows = np.arange(len(records))[kept]
-            yield _UnitDocuments(unit, first, rows, records[kept], starts[kept], destinations[kept])
+            ordinals = np.arange(first, first + len(records))[kept]
+            yield _UnitDocuments(unit, ordinals, records[kept], starts[kept], destinations[kept])
             first += len(records)
 
 
@@ -121,34 +128,27 @@ def arrange(units: Units, places: Path) -> Arrangement:
             many values to split by.
         OSError: the disk is full.
     """
-    recipe, layout = units.recipe, _Layout(units)
-    totals = {name: np.zeros(len(layout), np.int64) for name in ("documents", "tokens", "text_bytes")}
-    for some in layout.documents():
-        for name, amounts in (
-            ("documents", 1),
-            ("tokens", some.records["length"]),
-            ("text_bytes", some.records["text_bytes"]),
-        ):
-            np.add.at(totals[name], some.destinations, amounts)
-    buckets = np.maximum(1, -(-totals["tokens"] // recipe.shard_tokens))
+    layout = _Layout(units)
+    buckets = np.maximum(1, -(-layout.totals["tokens"] // units.recipe.shard_tokens))
     first_bucket = np.cumsum(buckets) - buckets
     filled = np.zeros(int(buckets.sum()), np.int64)
     for _, in_bucket, _ in _bucketed(layout, buckets, first_bucket):
         filled += np.bincount(in_bucket, minlength=len(filled))
-    _write_places(places, layout, buckets, first_bucket, filled)
-    ends = np.cumsum(filled)
+    first_place = np.cumsum(filled) - filled
+    _write_places(places, _bucketed(layout, buckets, first_bucket), first_place.copy(), int(filled.sum()))
     destinations = []
-    for code in np.flatnonzero(totals["documents"]).tolist():
-        own = range(int(first_bucket[code]), int(first_bucket[code] + buckets[code]))
+    for code in np.flatnonzero(layout.totals["documents"]).tolist():
+        own = slice(first_bucket[code], first_bucket[code] + buckets[code])
+        shards = zip(first_place[own].tolist(), filled[own].tolist(), strict=True)
         destinations.append(
             Destination(
                 validation=code >= len(layout.values),
                 value=layout.values[code % len(layout.values)],
-                shards=tuple((int(ends[b] - filled[b]), int(filled[b])) for b in own if filled[b]),
-                **{name: int(total[code]) for name, total in totals.items()},
+                shards=tuple(shard for shard in shards if shard[1]),
+                **{name: int(total[code]) for name, total in layout.totals.items()},
             )
         )
-    return Arrangement(tuple(destinations), units.documents - int(totals["documents"].sum()))
+    return Arrangement(tuple(destinations), units.documents - int(layout.totals["documents"].sum()))
 
 
 def running_sums(groups: np.ndarray, amounts: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -170,38 +170,31 @@ def running_sums(groups: np.ndarray, amounts: np.ndarray, totals: np.ndarray) ->
     return result
 
 
-def _write_places(
-    path: Path, layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray, filled: np.ndarray
-) -> None:
+def _write_places(path: Path, bucketed: Iterator[_Bucketed], following: np.ndarray, documents: int) -> None:
     """Second pass of the counting sort: every document's record to the next free place of its bucket."""
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, int(filled.sum()) * PLACE.itemsize))  # a full disk shows here
-    places = np.memmap(path, PLACE, mode="r+")
-    following = np.cumsum(filled) - filled
-    for some, in_bucket, order in _bucketed(layout, buckets, first_bucket):
+        os.posix_fallocate(file.fileno(), 0, max(1, documents * PLACE.itemsize))  # a full disk shows here, not later
+    places = np.memmap(path, PLACE, mode="r+", shape=(documents,)) if documents else np.empty(0, PLACE)
+    for some, in_bucket, order in bucketed:
         records = np.empty(len(in_bucket), PLACE)
         records["unit"], records["start"], records["length"] = some.unit, some.starts, some.records["length"]
         records["order"] = order
         places[running_sums(in_bucket, np.ones(len(in_bucket), np.int64), following)] = records
-    places.flush()
 
 
-def _bucketed(
-    layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray
-) -> Iterator[tuple[_UnitDocuments, np.ndarray, np.ndarray]]:
+def _bucketed(layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray) -> Iterator[_Bucketed]:
     """For each unit its documents, their buckets (counted through all destinations), and their order there."""
     recipe = layout.units.recipe
-    sorted_starts = _sorted_starts(layout) if recipe.order_column else None
     bucket_key = hashing.key(recipe.seed, "prepare", "bucket")
     order_key = hashing.key(recipe.seed, "prepare", "order")
     totals = np.zeros(len(layout), np.int64)
     for some in layout.documents():
         to = some.destinations
-        if sorted_starts is not None:
-            order = sorted_starts[some.first + some.rows]
-            bucket = order // recipe.shard_tokens
-        elif recipe.ordered:
-            order = running_sums(to, some.records["length"], totals)
+        if recipe.ordered:
+            if layout.sorted_starts is None:
+                order = running_sums(to, some.records["length"], totals)
+            else:
+                order = layout.sorted_starts[some.ordinals]
             bucket = order // recipe.shard_tokens
         else:
             ordinals = running_sums(to, np.ones(len(to), np.int64), totals)
@@ -226,12 +219,30 @@ def _first_copies(units: Units) -> np.ndarray:
 
 
 def _sorted_starts(layout: _Layout) -> np.ndarray:
-    """(documents of the input,) int64: the first token of each in its sorted destination; left-out documents: any."""
-    recipe, counts = layout.units.recipe, layout.units.counts
-    kinds = {unit.key for unit in counts if unit.key}
+    """(documents of the input,) int64: the first token of each in its sorted destination; any, if it was left out."""
+    recipe = layout.units.recipe
+    kinds = {counts.key for counts in layout.units.counts if counts.key}
     if len(kinds) > 1:
         raise UserError(
             f"source {recipe.name}: the column {recipe.order_column!r} holds numbers in some files and strings in "
             "others: make them alike"
         )
-    ...
+    kept = int(layout.totals["documents"].sum())
+    columns = {"key": np.float64 if kinds != {STRING} else f"S{STRING_BYTES}", "length": np.int64, "to": np.int16}
+    arrays = {name: np.empty(kept, kind) for name, kind in columns.items()}
+    filled = 0
+    for some in layout.documents():
+        rows = slice(filled, filled + len(some.records))
+        arrays["key"][rows], arrays["length"][rows] = some.records["key"], some.records["length"]
+        arrays["to"][rows] = some.destinations
+        filled = rows.stop
+    ordinals = np.arange(layout.units.documents) if layout.kept is None else np.flatnonzero(layout.kept)
+    starts = np.empty(layout.units.documents, np.int64)
+    order = np.lexsort((_descending(arrays["key"]) if recipe.order.startswith("-") else arrays["key"], arrays["to"]))
+    starts[ordinals[order]] = running_sums(arrays["to"][order], arrays["length"][order], np.zeros(len(layout), np.int64))
+    return starts
+
+
+def _descending(keys: np.ndarray) -> np.ndarray:
+    """Numbers that sort the other way round; equal keys stay equal, so that a stable sort keeps their order."""
+    return -keys if keys.dtype.kind == "f" else -np.unique(keys, return_inverse=True)[1]

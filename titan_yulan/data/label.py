@@ -2,8 +2,8 @@
 
 A unit of text is a run of letters and digits, or one character of a script that writes no spaces between words
 (Chinese, Japanese, Thai). Single units and pairs of neighbours are hashed into buckets; a document is the logarithms of
-their counts, scaled to length 1. Probabilities are softmax(x W); W is trained by AdaGrad (Duchi, Hazan, Singer: JMLR 12,
-2011) on the cross-entropy, in small batches whose order the seed decides, so that training twice gives the same bytes.
+their counts, scaled to length 1. Probabilities are softmax(x W); W is trained by AdaGrad (Duchi, Hazan, Singer: JMLR
+12, 2011) on the cross-entropy, in small batches whose order the seed decides: training twice gives the same bytes.
 """
 
 from __future__ import annotations

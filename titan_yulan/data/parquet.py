@@ -11,7 +11,6 @@ Source: the preprocessing scripts of github.com/RUC-GSAI/YuLan-Mini.
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
@@ -24,6 +23,7 @@ from titan_yulan.errors import UserError
 
 METADATA = "-metadata.json"
 _ROWS = 1000  # rows that are in memory at a time
+_BUFFER = 1 << 20  # bytes of each column's pages that are read at a time
 
 
 def read_parquet(name: str, path: Path, columns: Sequence[str] = ()) -> Iterator[Document | BadRow]:
@@ -38,12 +38,13 @@ def read_parquet(name: str, path: Path, columns: Sequence[str] = ()) -> Iterator
         UserError: the file cannot be read, has no column that gives documents or lacks one of `columns`, or the
             metadata file beside it cannot be read or has other counts.
     """
-    there = _column_names(path)
+    file = _open(path)
+    there = file.schema_arrow.names
     _check_columns(path, there, columns)
     names = [column for column in there if column in KEYS or column in columns]
     expected = _expected_counts(path) if "input_ids" in names else None
     number = 0
-    for batch in _batches(path, names):
+    for batch in _batches(path, file, names):
         values = {column: _column_values(batch.column(column)) for column in names}
         if expected is not None:
             _check_counts(path, values["input_ids"], number, expected)
@@ -81,7 +82,7 @@ def _expected_counts(path: Path) -> np.ndarray | None:
         total = int(content["total_tokens_num"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
-            f'{file} is damaged ({error!r}): it needs "total_tokens_num" and "metadata", a list of {{"num_tokens": n}}. '
+            f'{file} is damaged ({error!r}): it needs "total_tokens_num" and a list "metadata" of {{"num_tokens": n}}. '
             f"Correct it, or remove it to read {path.name} unchecked"
         ) from None
     if total != counts.sum():
@@ -103,33 +104,27 @@ def _check_counts(path: Path, rows: Sequence[Any], start: int, expected: np.ndar
         )
 
 
-def _column_names(path: Path) -> list[str]:
+def _open(path: Path) -> Any:
+    # Not through `datasets`, which reads with pyarrow too: for every file it leaves a lock in the cache folder and
+    # reports the use to a server, and it imports torch into every worker (300 MB).
     try:
-        import datasets  # noqa: F401 (the reader; checked here so that its absence is not taken for a damaged file)
         import pyarrow.parquet
     except ImportError as error:
-        raise UserError(f"reading {path} needs the package datasets: pip install datasets") from error
+        raise UserError(f"reading {path} needs the package pyarrow: pip install pyarrow") from error
     try:
-        return pyarrow.parquet.read_schema(path).names
+        # Buffered, else the whole row group would be in memory: it may be the whole file.
+        return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path} as Parquet: {error}") from error
 
 
-def _batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
-    """Arrow tables of at most `_ROWS` rows with these columns."""
-    import datasets
+def _batches(path: Path, file: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """Arrow batches of at most `_ROWS` rows with these columns."""
+    import pyarrow
 
     try:
-        rows: Any = datasets.load_dataset(
-            "parquet",
-            data_files=glob.escape(str(path)),
-            split="train",
-            streaming=True,
-            columns=list(columns),
-            batch_size=_ROWS,
-        )
-        yield from rows.with_format("arrow").iter(batch_size=_ROWS)
-    except Exception as error:  # the errors of pyarrow and datasets share no base class
+        yield from file.iter_batches(_ROWS, columns=list(columns), use_threads=False)
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path} as Parquet: {error}") from error
 
 

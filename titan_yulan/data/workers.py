@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from titan_yulan.errors import RunError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_AHEAD = 1000  # items handed out before the first of them is done: memory does not grow with the number of items
+_function: Callable[[Any], Any]  # in a worker: what it does with each item
 
 
 def default_workers() -> int:
@@ -43,9 +48,18 @@ def ordered_map(
     # Forking is fast, and safe only while no library of this process runs threads of its own.
     threaded = {"torch", "pyarrow", "datasets"} & sys.modules.keys()
     context = multiprocessing.get_context("spawn" if threaded else "fork")
-    executor = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_end_with_parent)
+    # The function goes to each worker once, not with each item: it may hold a vocabulary of megabytes.
+    executor = ProcessPoolExecutor(
+        min(workers, len(items)), mp_context=context, initializer=_start_worker, initargs=(function,)
+    )
+    waiting: deque[Future[Result]] = deque()
+    rest = iter(items)
     try:
-        yield from executor.map(function, items)
+        while True:
+            waiting.extend(executor.submit(_call, item) for item in itertools.islice(rest, _AHEAD - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise RunError(
             "a worker process died, perhaps for lack of memory: run the same command again (it goes on where it "
@@ -53,6 +67,16 @@ def ordered_map(
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
+    _end_with_parent()
+
+
+def _call(item: Any) -> Any:
+    return _function(item)
 
 
 def _end_with_parent() -> None:

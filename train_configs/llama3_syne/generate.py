@@ -39,8 +39,8 @@ KINDS = {
 }
 
 # Billions of tokens of each stage, and its parts by language.
-STAGE1 = {"zh": Fraction("92.5") * 2 / 10, "en": Fraction("92.5") * 8 / 10}
-STAGE2 = {"zh": Fraction("7.5") * 1 / 10, "en": Fraction("7.5") * 7 / 10, "synthetic": Fraction("7.5") * 2 / 10}
+STAGE1 = {"en": Fraction("92.5") * 8 / 10, "zh": Fraction("92.5") * 2 / 10}
+STAGE2 = {"en": Fraction("7.5") * 7 / 10, "zh": Fraction("7.5") * 1 / 10, "synthetic": Fraction("7.5") * 2 / 10}
 
 
 def stage1_mix() -> dict[str, Fraction]:
@@ -68,8 +68,10 @@ def stage2_mix() -> dict[str, Fraction]:
 
 def domain(source: str) -> str:
     """What kind of text a source is, for tables."""
-    language, kind = source.removeprefix("stage2-").split("-")[:2] if source != "synthetic" else ("", "synthetic")
-    return f"{LANGUAGES[language]} {kind}" if language else kind
+    if source == "synthetic":
+        return source
+    language, kind = source.removeprefix("stage2-").split("-")[:2]
+    return f"{LANGUAGES[language]} {kind}"
 
 
 def sources_text() -> str:
@@ -96,21 +98,17 @@ def sources_text() -> str:
 
 
 def mix_text(mix: dict[str, Fraction]) -> str:
-    """[phase.mix], a block for each kind of text."""
-    lines = [f"[phase.mix] # billions of tokens, {float(sum(mix.values())):g} in all; used as weights"]
-    before = ""
-    for source, amount in mix.items():
-        if domain(source) != before:
-            before = domain(source)
-            part = float(sum(mix[other] for other in mix if domain(other) == before))
-            lines += ["", f"# {before}: {part:g}"]
-        lines.append(
-            f"{source} = {float(round(amount, 6)):g}" if amount % 1 == 0 else f"{source} = {float(round(amount, 6))}"
-        )
+    """[phase.mix], a block for each language."""
+    lines = [f"[phase.mix] # billions of tokens, {float(sum(mix.values()))} in all; used as weights"]
+    for language in dict.fromkeys(domain(source).split()[0] for source in mix):
+        part = {source: amount for source, amount in mix.items() if domain(source).split()[0] == language}
+        lines += ["", f"# {language}: {float(sum(part.values()))}"]
+        lines += [f"{source} = {float(round(amount, 6))}" for source, amount in part.items()]
     return "\n".join(lines) + "\n"
 
 
-STAGE1_HEAD = """# Llama3-SynE, stage 1: bilingual adaptation, Chinese : English = 2 : 8. Written by generate.py.
+STAGE1_HEAD = """# Llama3-SynE, stage 1: bilingual adaptation, Chinese : English = 2 : 8.
+# Written by generate.py.
 
 extends = "base.toml"
 
@@ -133,7 +131,8 @@ floor = 0.02
 groups = { english = ["en-web-*"], chinese = ["zh-web-*"] }
 
 """
-STAGE2_HEAD = """# Llama3-SynE, stage 2: synthetic enhancement, Chinese : English : synthetic = 1 : 7 : 2. Written by generate.py.
+STAGE2_HEAD = """# Llama3-SynE, stage 2: synthetic enhancement, Chinese : English : synthetic = 1 : 7 : 2.
+# Written by generate.py.
 
 extends = "base.toml"
 

@@ -4,8 +4,8 @@
 
 `data_mix.csv` holds how many billion tokens each phase took from each source, as published: the recipes (data_mix) of
 github.com/RUC-GSAI/YuLan-Mini, described in arXiv 2412.17743. `sources.csv` gives each source a domain (our grouping,
-for the reader and for mini.toml). What is not in the recipes stands here: the step at which a phase ends, the learning rate, the
-longer rows of the last two phases. `base.toml` is written by hand.
+for the reader and for mini.toml). What is not in the recipes stands here: the step at which a phase ends, the learning
+rate, the longer rows of the last two phases. `base.toml` and `mini.toml` are written by hand.
 """
 
 from __future__ import annotations
