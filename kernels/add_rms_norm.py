@@ -37,6 +37,7 @@ from titan_yulan.kernels.rms_norm import (
 )
 from titan_yulan.kernels.runtime import (
     Kernels,
+    check_alike,
     like_or_empty,
     or_empty,
     pointers,
@@ -77,13 +78,7 @@ def add_rms_norm(
         TypeError, ValueError: as `rms_norm`, and where x and residual differ in type, shape or device.
     """
     check_rms_norm(x, weight, eps, scale, x_scale)
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual is {residual.dtype}, x is {x.dtype}: both must have one type")
-    if residual.shape != x.shape or residual.device != x.device:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)} on {residual.device}, x {tuple(x.shape)} on {x.device}: "
-            "both must be the same"
-        )
+    check_alike(residual=residual, x=x)
     if not use_operator(kernels, x.device):
         return add_rms_norm_reference(x, residual, weight, eps, scale, x_scale, round_before_weight)
     y, residual_out, _ = torch.ops.titan_yulan.add_rms_norm_forward(

@@ -75,6 +75,23 @@ def choose(kernels: Kernels, device: torch.device) -> bool:
     return False
 
 
+def check_alike(**pair: Tensor) -> None:
+    """Two tensors, named by keyword, must have one type, shape and device.
+
+    Raises:
+        TypeError: two types.
+        ValueError: two shapes or devices.
+    """
+    (first, a), (second, b) = pair.items()
+    if a.dtype != b.dtype:
+        raise TypeError(f"{first} is {a.dtype}, {second} is {b.dtype}: both must have one type")
+    if a.shape != b.shape or a.device != b.device:
+        raise ValueError(
+            f"{first} has shape {tuple(a.shape)} on {a.device}, {second} {tuple(b.shape)} on {b.device}: both must be "
+            "the same"
+        )
+
+
 def use_operator(kernels: Kernels, device: torch.device) -> bool:
     """Whether a public function calls its registered operator; if not, it calls the reference under plain autograd.
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from titan_yulan.kernels.runtime import (
     Kernels,
+    check_alike,
     pointers,
     register_sharding,
     row_shardings,
@@ -48,13 +49,7 @@ def swiglu(gate: Tensor, up: Tensor, *, kernels: Kernels = "auto") -> Tensor:
         ValueError: two shapes or devices, or Triton insisted on where it cannot run.
     """
     _check(gate)
-    if gate.dtype != up.dtype:
-        raise TypeError(f"gate is {gate.dtype}, up is {up.dtype}: both must have one type")
-    if gate.shape != up.shape or gate.device != up.device:
-        raise ValueError(
-            f"gate has shape {tuple(gate.shape)} on {gate.device}, up {tuple(up.shape)} on {up.device}: "
-            "both must be the same"
-        )
+    check_alike(gate=gate, up=up)
     if not use_operator(kernels, gate.device):
         return swiglu_reference(gate, up)
     return torch.ops.titan_yulan.swiglu_forward(gate, up)

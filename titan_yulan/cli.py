@@ -108,10 +108,21 @@ def _data_verbs(verbs) -> None:
     prepare.add_argument("--output", required=True)
     prepare.add_argument("--validation-output", help="folder of the held-out part")
     prepare.add_argument("--validation-share", type=float, default=0.0)
-    prepare.add_argument("--ordered", action="store_true", help="keep the order of the documents")
+    prepare.add_argument(
+        "--order",
+        default="shuffle",
+        help="shuffle; keep: as in the input; COLUMN: from low to high by a column; --order=-COLUMN: from high to low",
+    )
+    prepare.add_argument("--split-by", default="", metavar="COLUMN", help="a source for each value, below --output")
+    prepare.add_argument("--minimum-tokens", type=int, default=20, metavar="N", help="leave out shorter documents")
+    prepare.add_argument("--deduplicate", action="store_true", help="keep the first of equal documents")
+    prepare.add_argument("--part", type=_part, metavar="I/N", help="tokenise the I-th of N parts, for 'data merge'")
     prepare.add_argument("--on-bad-row", choices=("skip", "fail"), default="skip")
     prepare.add_argument("--workers", type=int, help="processes (default: one per core)")
     prepare.add_argument("--seed", type=int, default=0)
+    merge = _verb(data, "merge", "assemble the parts that 'data prepare --part' made", _data_merge)
+    merge.add_argument("output", help="the --output of the parts")
+    merge.add_argument("--workers", type=int, help="processes (default: one per core)")
     inspect = _verb(data, "inspect", "counts, hashes and first documents of a source", _data_inspect)
     inspect.add_argument("folder")
     inspect.add_argument("--tokenizer", help="vocabulary file, to show text instead of ids")
@@ -269,7 +280,11 @@ def _data_prepare(options: argparse.Namespace) -> None:
         Tokenizer.load(options.tokenizer),
         validation_output=options.validation_output,
         validation_share=options.validation_share,
-        ordered=options.ordered,
+        order=options.order,
+        split_by=options.split_by,
+        minimum_tokens=options.minimum_tokens,
+        deduplicate=options.deduplicate,
+        part=options.part,
         workers=options.workers,
         on_bad_row=options.on_bad_row,
         seed=options.seed,
@@ -315,6 +330,17 @@ def _data_label_apply(options: argparse.Namespace) -> None:
         workers=options.workers,
         on_bad_row=options.on_bad_row,
     )
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    return int(part), int(parts)
+
+
+def _data_merge(options: argparse.Namespace) -> None:
+    from titan_yulan.data.prepare import merge
+
+    print("\n".join(merge(options.output, workers=options.workers).lines()))
 
 
 def _data_inspect(options: argparse.Namespace) -> None:

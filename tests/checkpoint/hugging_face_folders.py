@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.curriculum.making import configuration, phase
 from titan_yulan.config.model import ModelConfig
@@ -52,7 +53,7 @@ def run_config(model: ModelConfig, rope_theta: float | None = None) -> RunConfig
     return replace(configuration(section), model=model)
 
 
-def write_llama(path: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, shard: str = "1GB"):
+def write_llama(path: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, shard: str = "1GB") -> Any:
     """A random model of transformers, saved by it; `shard` is the largest size of one file.
 
     Returns:
@@ -74,7 +75,8 @@ def write_llama(path: Path, model: ModelConfig, dtype: torch.dtype = torch.float
         attention_bias=model.attention_bias,
         tie_word_embeddings=model.tie_word_embeddings,
     )
-    peer = LlamaForCausalLM(config).to(dtype)
+    peer = LlamaForCausalLM(config)
+    nn.Module.to(peer, dtype)
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
             parameter.copy_(torch.randn(parameter.shape) * 0.3 + ("norm" in name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -174,16 +175,16 @@ def test_a_bias_of_o_proj_that_is_not_zero_is_refused(tmp_path: Path) -> None:
         check_hugging_face(run_config(model), open_hugging_face(tmp_path))
 
 
-def remove(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [(folder / name).unlink() for name in names] and None
+def remove(*names: str) -> Callable[[Path], Any]:
+    return lambda folder: [(folder / name).unlink() for name in names]
 
 
-def rename(old: str, new: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / old).rename(folder / new) and None
+def rename(old: str, new: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / old).rename(folder / new)
 
 
-def write(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text) and None
+def write(name: str, text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(text)
 
 
 def truncate(folder: Path) -> None:
@@ -191,7 +192,7 @@ def truncate(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(content[:-100])
 
 
-def index(places: dict[str, str]) -> Callable[[Path], None]:
+def index(places: dict[str, str]) -> Callable[[Path], Any]:
     return write("model.safetensors.index.json", json.dumps({"weight_map": places}))
 
 
@@ -203,7 +204,7 @@ def eight_bits(folder: Path) -> None:
 
 
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken config": (write("config.json", "{"), "config.json cannot be read .* download it again"),
     "list as config": (write("config.json", "[]"), "config.json holds no JSON object"),
     "another type": (lambda f: edit_config(f, model_type="qwen2"), "type 'qwen2'; llama and yulanmini can be read"),
@@ -266,3 +267,9 @@ def test_another_vocabulary_than_the_folder_s_is_told(folder: Path, tmp_path: Pa
 def test_our_own_checkpoints_are_no_such_folder(tmp_path: Path) -> None:
     assert not is_hugging_face(tmp_path)
     assert not is_hugging_face(tmp_path / "nothing there")
+
+
+def test_an_environment_without_safetensors_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match=r"^phase.start_from: the package safetensors is missing, .* pip install"):
+        open_hugging_face(folder)

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from titan_yulan.data.prepare import Report, prepare
+from titan_yulan.data.prepare import prepare
+from titan_yulan.data.report import Report
 from titan_yulan.data.source import Source
 from titan_yulan.data.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ def write_files(folder: Path, files: int = 40, rows: int = 10) -> str:
 
 
 def make(inputs: str | list[str], output: Path, **options: Any) -> Report:
-    options = {"workers": 1, "say": lambda line: None, **options}
+    options = {"workers": 1, "minimum_tokens": 0, "say": lambda line: None, **options}
     return prepare("test", [inputs] if isinstance(inputs, str) else inputs, output, BYTES, **options)
 
 

@@ -83,8 +83,11 @@ def test_parquet_with_other_columns_only(tmp_path: Path) -> None:
 
 def test_whole_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-9])
-    for name in ("a.parquet", "b.jsonl.gz"):
+    whole = gzip.compress("".join(f'{{"text": "{number**7}"}}\n' for number in range(5000)).encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "c.jsonl.gz").write_bytes(whole[:9000] + bytes(99) + whole[9099:])
+    (tmp_path / "d.jsonl.gz").write_bytes(b'{"text": "x"}')
+    for name in ("a.parquet", "b.jsonl.gz", "c.jsonl.gz", "d.jsonl.gz"):
         with pytest.raises(UserError, match=name):
             read(tmp_path / name)
 

@@ -47,8 +47,11 @@ def read(path: Path) -> list[list[int] | str]:
     found: list[list[int] | str] = []
     for file in find_inputs([str(path)]):
         for document in read_documents(file):
-            assert isinstance(document, BadRow) or document.token_ids is not None
-            found.append(str(document) if isinstance(document, BadRow) else document.token_ids.tolist())
+            if isinstance(document, BadRow):
+                found.append(str(document))
+            else:
+                assert document.token_ids is not None
+                found.append(document.token_ids.tolist())
     return found
 
 

@@ -34,7 +34,7 @@ def test_every_document_is_stored_once_and_shuffled_across_shards(tmp_path: Path
 
 def test_ordered_source_keeps_the_order(tmp_path: Path) -> None:
     inputs = write_files(tmp_path / "in", files=4)
-    make(inputs, tmp_path / "out", shard_tokens=100, ordered=True)
+    make(inputs, tmp_path / "out", shard_tokens=100, order="keep")
     source = Source.open(tmp_path / "out")
     expected = [f"document {file}.{row} " + "x" * (row % 7) for file in range(4) for row in range(10)]
     assert documents(source) == expected
@@ -57,7 +57,7 @@ def test_workers_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.Mo
 def test_held_out_by_file_is_the_same_for_every_source(tmp_path: Path) -> None:
     inputs = write_files(tmp_path / "in")
     report = make(inputs, tmp_path / "out", validation_output=tmp_path / "val", validation_share=0.2)
-    make(inputs, tmp_path / "out2", validation_output=tmp_path / "val2", validation_share=0.2, seed=9, ordered=True)
+    make(inputs, tmp_path / "out2", validation_output=tmp_path / "val2", validation_share=0.2, seed=9, order="keep")
 
     def files(name: str) -> set[str]:
         return {text.split(".")[0] for text in documents(Source.open(tmp_path / name))}
@@ -91,7 +91,7 @@ def test_chat_masks_and_text_in_one_source(tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]}
     rows = [{"text": "plain one"}, chat, {"text": "plain two"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    make(str(tmp_path / "a.jsonl"), tmp_path / "out", ordered=True)
+    make(str(tmp_path / "a.jsonl"), tmp_path / "out", order="keep")
     source = Source.open(tmp_path / "out")
     piece = Tape(source, 0).read(0, source.tokens)
     assert piece.loss_mask is not None
@@ -102,7 +102,7 @@ def test_chat_masks_and_text_in_one_source(tmp_path: Path) -> None:
 def test_token_ids_get_one_end_of_text_and_are_checked(tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2]}, {"input_ids": [3, EOS]}, {"input_ids": [EOS + 1]}, {"input_ids": []}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = make(str(tmp_path / "a.jsonl"), tmp_path / "out", ordered=True)
+    report = make(str(tmp_path / "a.jsonl"), tmp_path / "out", order="keep")
     assert Source.open(tmp_path / "out").shard_tokens(0).tolist() == [1, 2, EOS, 3, EOS]
     assert (report.bad_rows, report.empty_documents, report.text_bytes) == (1, 1, 0)
     assert "outside the vocabulary of 257" in report.shown_bad_rows[0]

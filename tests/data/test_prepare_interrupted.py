@@ -14,7 +14,7 @@ import pytest
 from tests.data.making import content, documents, make, write_files
 from titan_yulan.data import prepare as prepare_module
 from titan_yulan.data import tokenise
-from titan_yulan.data.prepare import Report
+from titan_yulan.data.report import Report
 from titan_yulan.data.source import Source
 from titan_yulan.errors import RunError, UserError
 
@@ -96,7 +96,7 @@ def test_same_request_is_reused_and_another_refused(tmp_path: Path) -> None:
     before = content(tmp_path / "out")
     assert make(inputs, tmp_path / "out").reused
     with pytest.raises(UserError, match="delete the folder"):
-        make(inputs, tmp_path / "out", ordered=True)
+        make(inputs, tmp_path / "out", order="keep")
     (tmp_path / "in" / "001.jsonl").write_text('{"text": "changed"}')
     with pytest.raises(UserError, match="delete the folder"):
         make(inputs, tmp_path / "out")

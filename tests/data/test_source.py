@@ -59,7 +59,7 @@ def test_damaged_description(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_counts_text_and_damage(tmp_path: Path) -> None:
-    make(write_files(tmp_path / "in", files=2), tmp_path / "out", ordered=True)
+    make(write_files(tmp_path / "in", files=2), tmp_path / "out", order="keep")
     text = "\n".join(inspect_source(tmp_path / "out", tokenizer=BYTES, documents=1))
     assert "documents    20" in text and "document 0.0" in text and "hashes are right" in text
     assert "100 111 99" in "\n".join(inspect_source(tmp_path / "out", documents=1))  # "doc"

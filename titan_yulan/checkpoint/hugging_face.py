@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from titan_yulan.config.model import ATTENTION_ALPHAS, BLOCK_NORM_ALPHAS, MLP_ALPHAS, ModelConfig
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.show import toml_value
@@ -148,6 +146,12 @@ def _is_name(place: Any) -> bool:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    try:
+        from safetensors import SafetensorError, safe_open  # few runs need it, and not every environment has it
+    except ImportError:
+        raise UserError(
+            f"phase.start_from: the package safetensors is missing, which reads {file}; pip install safetensors"
+        ) from None
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -36,6 +35,8 @@ def load_hugging_face(
     Raises:
         RunError: on every rank, if any could not read its parts, or a tied model's head is not its embedding.
     """
+    from safetensors import SafetensorError
+
     try:
         failure = _fill(folder, parameters)
     except (OSError, SafetensorError) as error:
@@ -49,6 +50,8 @@ def load_hugging_face(
 
 
 def _fill(folder: HuggingFaceFolder, parameters: Mapping[str, Tensor]) -> str | None:
+    from safetensors import safe_open  # as in `hugging_face.py`
+
     with ExitStack() as files:
         opened = {
             file: files.enter_context(safe_open(file, framework="pt"))

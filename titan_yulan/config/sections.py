@@ -29,7 +29,7 @@ class RunSection:
 class TokenizerSection:
     """`[tokenizer]`: the vocabulary that the sources were prepared with."""
 
-    path: str = setting(help="tiktoken vocabulary file")
+    path: str = setting(help="tiktoken vocabulary file, or a Hugging Face tokenizer.json or its folder")
     train_vocab_size: int = setting(
         0, "when the file is missing: train a byte-level BPE of this size on the sources' text (0: it must exist)", ge=0
     )
@@ -52,6 +52,10 @@ class SourceSection:
         "order of the documents when preparing: shuffle; keep: as in the input; a column of the input such as "
         "'perplexity': from low to high, '-perplexity': from high to low",
     )
+    minimum_tokens: int = setting(
+        20, "shorter documents are left out when preparing (end of text does not count); 0: none", ge=0
+    )
+    deduplicate: bool = setting(False, "keep only the first of documents with the same tokens when preparing")
     domain: str = setting("", "what kind of text it is; for tables, and for [miniature]")
 
 

@@ -169,7 +169,7 @@ def _write_parquet(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) 
     documents = read_documents(file)
     writer = None
     try:
-        source = pyarrow.parquet.ParquetFile(file.path)
+        source = pyarrow.parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
         for batch in source.iter_batches(_BLOCK):
             new = _new_columns(job, file, list(islice(documents, batch.num_rows)), counts)
             if not new:

@@ -239,7 +239,9 @@ def _sorted_starts(layout: _Layout) -> np.ndarray:
     ordinals = np.arange(layout.units.documents) if layout.kept is None else np.flatnonzero(layout.kept)
     starts = np.empty(layout.units.documents, np.int64)
     order = np.lexsort((_descending(arrays["key"]) if recipe.order.startswith("-") else arrays["key"], arrays["to"]))
-    starts[ordinals[order]] = running_sums(arrays["to"][order], arrays["length"][order], np.zeros(len(layout), np.int64))
+    starts[ordinals[order]] = running_sums(
+        arrays["to"][order], arrays["length"][order], np.zeros(len(layout), np.int64)
+    )
     return starts
 
 

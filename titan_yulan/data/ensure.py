@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan_yulan.config.sections import RunConfig, SourceSection
-from titan_yulan.data.prepare import Say, prepare, say_now
+from titan_yulan.data.prepare import prepare
+from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.source import DESCRIPTION, Source
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.data.train_tokenizer import train_tokenizer
@@ -119,7 +120,9 @@ def _prepare_source(name: str, section: SourceSection, tokenizer: Tokenizer, say
         tokenizer,
         validation_output=section.validation_path or None,
         validation_share=section.validation_share if held_out else 0.0,
-        ordered=section.order != "shuffle",
+        order=section.order,
+        minimum_tokens=section.minimum_tokens,
+        deduplicate=section.deduplicate,
         say=say,
     )
     return report.lines()

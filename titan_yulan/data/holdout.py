@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titan_yulan.data import hashing
-from titan_yulan.data.documents import Document, InputFile
+from titan_yulan.data.documents import InputFile
+from titan_yulan.data.rows import Document
 
 # By file only when several files are expected to be held out; else the share would be off by too much.
 _MIN_HELD_OUT_FILES = 4

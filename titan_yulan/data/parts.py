@@ -52,18 +52,40 @@ def begin_part(output: Path, part: tuple[int, int], recipe: Recipe, validation_o
 
 @dataclass(frozen=True)
 class Parts:
-    """All parts of a request."""
+    """The parts of one request that are there."""
 
+    folder: Path
+    number: int  # of parts
     recipe: Recipe
     validation_output: Path | None
-    units: Units
+
+    def whole(self) -> Units:
+        """All tokenised units.
+
+        Raises:
+            UserError: names the parts that are missing or unfinished.
+        """
+        folders = tuple(self.folder / f"part-{part}-of-{self.number}" / "units" for part in range(1, self.number + 1))
+        counts = [finished_counts(folders[unit % self.number], unit) for unit in range(self.recipe.units)]
+        missing = []
+        for part in range(1, self.number + 1):
+            own = own_units((part, self.number), self.recipe.units)
+            done = sum(counts[unit] is not None for unit in own)
+            if done < len(own):
+                missing.append(f"{part}/{self.number} ({done} of {len(own)} groups of files done)")
+        if missing:
+            raise UserError(
+                f"{self.folder} is not complete, missing: part {', part '.join(missing)}. Run 'data prepare' with these "
+                "--part again (it goes on where it stopped), then merge"
+            )
+        return Units(self.recipe, folders, [unit for unit in counts if unit is not None])
 
 
 def open_parts(output: Path) -> Parts:
-    """The parts of a divided request, if they are complete.
+    """The parts of a divided request, complete or not.
 
     Raises:
-        UserError: there are none, they do not belong together, or some are missing or unfinished.
+        UserError: there are none, or they do not belong together.
     """
     parts = parts_folder(output)
     recipes = _recipes(output)
@@ -75,21 +97,8 @@ def open_parts(output: Path) -> Parts:
         found = ", ".join(f"{number}/{number_of}" for number, number_of, _, _ in recipes)
         raise UserError(f"{parts} holds parts of different requests ({found}): delete those that do not belong")
     _, number_of, recipe, validation_output = recipes[0]
-    folders = tuple(parts / f"part-{number}-of-{number_of}" / "units" for number in range(1, number_of + 1))
-    counts = [finished_counts(folders[unit % number_of], unit) for unit in range(recipe.units)]
-    missing = []
-    for number in range(1, number_of + 1):
-        own = own_units((number, number_of), recipe.units)
-        done = sum(counts[unit] is not None for unit in own)
-        if done < len(own):
-            missing.append(f"part {number}/{number_of} ({done} of {len(own)} groups of files done)")
-    if missing:
-        raise UserError(
-            f"{parts} is not complete, missing: {', '.join(missing)}. Run 'data prepare' with these --part again (it goes "
-            "on where it stopped), then merge"
-        )
-    whole = Units(recipe, folders, [unit for unit in counts if unit is not None])
-    return Parts(recipe, output.parent / validation_output if validation_output else None, whole)
+    validation = output.parent / validation_output if validation_output else None
+    return Parts(parts, number_of, recipe, validation)
 
 
 def _recipes(output: Path) -> list[tuple[int, int, Recipe, str | None]]:

@@ -11,10 +11,11 @@ on the number of machines that shared the first half.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from titan_yulan.data.documents import find_inputs
 from titan_yulan.data.parts import begin_part, open_parts, own_units, parts_folder
 from titan_yulan.data.report import Progress, Report, Say, report_part, report_sources, say_now
 from titan_yulan.data.request import SHUFFLE, make_recipe
-from titan_yulan.data.source import Source
+from titan_yulan.data.source import DESCRIPTION, Source
 from titan_yulan.data.storage import explain_full_disk, locked
 from titan_yulan.data.tokenise import TokeniseJob, Unit, group_files, tokenise_unit
 from titan_yulan.data.tokenizer import Tokenizer
@@ -91,11 +92,12 @@ def prepare(
     recipe = make_recipe(name, inputs, files, len(units), tokenizer, validation_share, **options)
     work = Work(recipe, _outputs(output, validation_output), workers or default_workers(), say)
     job = functools.partial(TokeniseJob, recipe=recipe, tokenizer=tokenizer, fail_on_bad_row=on_bad_row == "fail")
+    start = time.perf_counter()
     if part is not None:
-        return _prepare_part(work, job, units, part)
+        return _prepare_part(work, job, units, part, start)
     with _exclusively(work):
-        start = time.perf_counter()
-        if (reused := _reused(work)) is not None:
+        if reused := _reused(work, start):
+            work.remove_partial()
             return reused
         work.resume_or_reset()
         folder = work.partial("training") / "units"
@@ -104,7 +106,7 @@ def prepare(
 
 
 def merge(output: Path | str, *, workers: int | None = None, say: Say = say_now) -> Report:
-    """Assemble the parts that `prepare` made with `part`: the same bytes as without parts.
+    """Assemble the parts that `prepare` made with `part`: the same bytes as without parts. Goes on like `prepare`.
 
     Args:
         output: the output given to all parts.
@@ -116,11 +118,79 @@ def merge(output: Path | str, *, workers: int | None = None, say: Say = say_now)
         RunError: the disk is full, or a worker died.
     """
     output = Path(output)
+    start = time.perf_counter()
+    if (merged := _merged_before(output)) is not None:
+        return report_sources(merged[0].name, {"training": merged}, [], time.perf_counter() - start, reused=True)
     parts = open_parts(output)
     work = Work(parts.recipe, _outputs(output, parts.validation_output), workers or default_workers(), say)
     with _exclusively(work):
-        start = time.perf_counter()
-        if (reused := _reused(work)) is not None:
-            return reused
-        work.resume_or_reset()
-        return _finish(work, parts.units, start)
+        report = _reused(work, start)
+        if not report:
+            work.resume_or_reset()
+            report = _finish(work, parts.whole(), start)
+        work.partial("training").mkdir(exist_ok=True)
+        parts.folder.rename(work.partial("training") / "parts")  # at once, then at leisure
+        work.remove_partial()
+        return report
+
+
+def _outputs(output: Path, validation_output: Path | str | None) -> dict[str, Path]:
+    return {"training": output} | ({"validation": Path(validation_output)} if validation_output is not None else {})
+
+
+@contextlib.contextmanager
+def _exclusively(work: Work) -> Iterator[None]:
+    output = work.outputs["training"]
+    with explain_full_disk(output.parent), locked(output.with_name(f".{output.name}.lock"), work.say):
+        yield
+
+
+def _reused(work: Work, start: float) -> Report | None:
+    """The report on the request's sources, if they are all in place."""
+    done = {side: work.finished(side) for side in work.outputs}
+    if not all(done.values()):
+        return None
+    return report_sources(work.recipe.name, done, [], time.perf_counter() - start, reused=True)
+
+
+def _merged_before(output: Path) -> list[Source] | None:
+    """What an earlier merge made, if it is finished and its parts are gone."""
+    if parts_folder(output).exists() or not output.is_dir():
+        return None
+    folders = [folder for folder in (output, *sorted(output.iterdir())) if (folder / DESCRIPTION).exists()]
+    if folders:
+        shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    return [Source.open(folder) for folder in folders] or None
+
+
+def _prepare_part(
+    work: Work, job: Callable[..., TokeniseJob], units: list[Unit], part: tuple[int, int], start: float
+) -> Report:
+    if reused := _reused(work, start):
+        return reused
+    output = work.outputs["training"]
+    with explain_full_disk(output.parent):
+        folder = begin_part(output, part, work.recipe, work.outputs.get("validation"))
+        with locked(folder / ".lock", work.say):
+            own = [units[unit] for unit in own_units(part, len(units))]
+            counts = _tokenise(work, job(folder=folder / "units"), own)
+    return report_part(work.recipe.name, part, counts, time.perf_counter() - start)
+
+
+def _tokenise(work: Work, job: TokeniseJob, units: Sequence[Unit]) -> list[UnitCounts]:
+    """First half of preparing: all these units, in order."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    counts = {unit.index: finished_counts(job.folder, unit.index) for unit in units}
+    rest = [unit for unit in units if counts[unit.index] is None]
+    progress = Progress(
+        work.say, f"source {work.recipe.name}: tokenised {{}} groups of files", len(units) - len(rest), len(units)
+    )
+    for unit, done in zip(rest, ordered_map(functools.partial(tokenise_unit, job), rest, work.workers), strict=True):
+        counts[unit.index] = done
+        progress.add(unit.size, sum(done.tokens))
+    return [done for done in counts.values() if done is not None]
+
+
+def _finish(work: Work, units: Units, start: float) -> Report:
+    sources = work.finish(units, {side: work.finished(side) for side in work.outputs})
+    return report_sources(work.recipe.name, sources, units.counts, time.perf_counter() - start, reused=False)

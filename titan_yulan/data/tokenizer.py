@@ -1,5 +1,7 @@
 """The tokenizer: a tiktoken vocabulary file, read by ourselves, encoded by tiktoken's core.
 
+`Tokenizer.load` also opens a Hugging Face tokenizer.json: see `data/hugging_face_tokenizer.py`.
+
 A file holds one token a line, `<base64 of its bytes> <rank>`. End of text is the id right after the ranks. We do not
 use tiktoken's own file reader: it keeps a copy keyed by the path alone, so a vocabulary trained anew at the same path
 would silently be the old one.
@@ -47,30 +49,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a vocabulary file.
+        """Read a vocabulary file; a tokenizer.json, or a folder that holds one, is a Hugging Face tokenizer.
 
         Raises:
             UserError: the file is missing, or a line of it is damaged.
         """
         path = Path(path)
+        if path.is_dir() or path.suffix == ".json":
+            from titan_yulan.data.hugging_face_tokenizer import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer.open(path)
+        ranks = _read_ranks(path)
         try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise UserError(
-                f"cannot read the tokenizer {path} ({error.strerror}): correct [tokenizer] path, or make the file with "
-                f"'titan-yulan tokenizer train --vocab-size N --output {path} INPUT...'"
-            ) from error
-        ranks: dict[bytes, int] = {}
-        for number, line in enumerate(lines, start=1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except ValueError as error:
-                message = f"{path}, line {number} is not '<base64> <rank>': the file is damaged or of another kind"
-                raise UserError(message) from error
-        try:
-            if len(ranks) != len(lines):
-                raise UserError("a token occurs twice in the vocabulary")
             return cls(ranks)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -128,6 +118,27 @@ class Tokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"ranks": self.ranks}
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read the tokenizer {path} ({error.strerror}): correct [tokenizer] path, or make the file with "
+            f"'titan-yulan tokenizer train --vocab-size N --output {path} INPUT...'"
+        ) from error
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            message = f"{path}, line {number} is not '<base64> <rank>': the file is damaged or of another kind"
+            raise UserError(message) from error
+    if len(ranks) != len(lines):
+        raise UserError(f"{path}: a token occurs twice in the vocabulary")
+    return ranks
 
 
 def save_ranks(path: Path | str, ranks: dict[bytes, int]) -> None:

@@ -1,9 +1,9 @@
 """A tokenised group of input files on disk, between the two halves of preparing.
 
-    tokens.bin       ids of the group's documents in input order (uint16 or uint32, no header)
-    loss_mask.bin    one byte a token; only when some document masks a part
-    documents.bin    one record a document, of the type `document_dtype`
-    unit.json        counts; the folder is renamed into place, so it is there when the folder is
+tokens.bin       ids of the group's documents in input order (uint16 or uint32, no header)
+loss_mask.bin    one byte a token; only when some document masks a part
+documents.bin    one record a document, of the type `document_dtype`
+unit.json        counts; the folder is renamed into place, so it is there when the folder is
 """
 
 from __future__ import annotations

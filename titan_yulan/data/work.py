@@ -1,11 +1,11 @@
 """Unfinished work beside an output, and its end: the sources renamed into place.
 
-    OUTPUT.partial/recipe.json    whose work it is
-    OUTPUT.partial/units/         tokenised groups of files
-    OUTPUT.partial/places.bin     which document goes where
-    OUTPUT.partial/training/      the source, or one folder for each value of the split-by column
-    OUTPUT/                       appears in one rename
-    VALIDATION_OUTPUT.partial/validation/, VALIDATION_OUTPUT/    likewise
+OUTPUT.partial/recipe.json    whose work it is
+OUTPUT.partial/units/         tokenised groups of files
+OUTPUT.partial/places.bin     which document goes where
+OUTPUT.partial/training/      the source, or one folder for each value of the split-by column
+OUTPUT/                       appears in one rename
+VALIDATION_OUTPUT.partial/validation/, VALIDATION_OUTPUT/    likewise
 """
 
 from __future__ import annotations

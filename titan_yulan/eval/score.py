@@ -75,9 +75,9 @@ class Scorer:
         for part, total in zip(ids, sums.tolist(), strict=True):
             if isinstance(part, str):
                 results.append(part)
-            elif not math.isfinite(total):
+            elif not total / len(part) < _LARGEST_LOSS:  # nor if it is no number
                 raise RunError(
-                    "the model gives a loss that is not finite: is its checkpoint that of a run that failed?"
+                    f"the model gives a loss of {total / len(part)}: is its checkpoint of a run that failed?"
                 )
             else:
                 results.append({"perplexity": math.exp(total / len(part)), "tokens": len(part)})
