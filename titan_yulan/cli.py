@@ -334,6 +334,8 @@ def _data_label_apply(options: argparse.Namespace) -> None:
 
 def _part(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 2/4")
     return int(part), int(parts)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.data.making import content, documents, make, write_files
 from titan_yulan.data import prepare as prepare_module
-from titan_yulan.data import tokenise
+from titan_yulan.data import tokenise, work
 from titan_yulan.data.report import Report
 from titan_yulan.data.source import Source
 from titan_yulan.errors import RunError, UserError
@@ -23,7 +23,7 @@ class Killed(BaseException):
     """Stands for the end of the process; no handler of ours catches it."""
 
 
-@pytest.mark.parametrize("where", ["tokenise_unit", "_write_numbered", "write_description"])
+@pytest.mark.parametrize("where", ["tokenise_unit", "arrange", "write_bucket", "write_description"])
 @pytest.mark.parametrize("calls", [1, 3])
 def test_interrupted_anywhere_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, calls: int
@@ -32,23 +32,24 @@ def test_interrupted_anywhere_gives_the_same_bytes(
     inputs = write_files(tmp_path / "in")
     options = {"shard_tokens": 1000, "validation_share": 0.2}
     make(inputs, tmp_path / "a", validation_output=tmp_path / "av", **options)
-    original, count = getattr(prepare_module, where), iter(range(1000))
+    module = prepare_module if where == "tokenise_unit" else work
+    original, count = getattr(module, where), iter(range(1000))
+    calls = {"write_description": min(calls, 2), "arrange": 1}.get(where, calls)
 
     def interrupted(*arguments):
         result = original(*arguments)
-        if next(count) + 1 >= min(calls, 2 if where == "write_description" else calls):
+        if next(count) + 1 >= calls:
             raise Killed
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, where, interrupted)
+        patch.setattr(module, where, interrupted)
         with pytest.raises(Killed):
             make(inputs, tmp_path / "b", validation_output=tmp_path / "bv", **options)
     assert not (tmp_path / "b").exists() and not (tmp_path / "bv").exists()
     done: list[int] = []
-    write = tokenise._write_documents
     monkeypatch.setattr(
-        tokenise, "_write_documents", lambda job, unit, *rest: done.append(unit.index) or write(job, unit, *rest)
+        prepare_module, "tokenise_unit", lambda job, unit: done.append(unit.index) or tokenise.tokenise_unit(job, unit)
     )
     make(inputs, tmp_path / "b", validation_output=tmp_path / "bv", **options)
     assert done == list(range(calls, max(done) + 1)) if where == "tokenise_unit" else done == []
@@ -106,7 +107,7 @@ def test_same_request_is_reused_and_another_refused(tmp_path: Path) -> None:
 def test_unfinished_work_of_another_request_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = write_files(tmp_path / "in", files=3)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "_assemble", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        patch.setattr(work, "arrange", lambda *arguments: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             make(inputs, tmp_path / "out")
     (tmp_path / "in" / "001.jsonl").write_text('{"text": "changed"}')

@@ -5,8 +5,8 @@ of two ways. Shuffled: document n of the destination goes to bucket `bits(n) mod
 its bucket by a second hash of n; every bucket that got a document becomes a shard. In order: documents are laid one
 after the other, as in the input or by a column, and each goes to the shard in which its first token falls.
 
-The result is a file with one `PLACE` record a document, the records of a shard side by side, so that a worker reads just
-those of its shard. It is filled by a counting sort in two passes over the units: memory is that of one unit, plus,
+The result is a file with one `PLACE` record a document, the records of a shard side by side, so that a worker reads
+just those of its shard. It is filled by a counting sort in two passes over the units: memory is that of one unit, plus,
 where they are asked for, 25 bytes a document of the whole input to find duplicates, and 35 to sort by a number (four of
 these 8-byte columns and the destination; 91 by a string).
 """

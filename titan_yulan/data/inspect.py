@@ -42,7 +42,7 @@ def inspect_source(
         f"made from    {', '.join(source.made_from['inputs'])} ({source.made_from['input_files']:,} files, "
         f"{source.made_from['part']} part, {source.made_from['bad_rows']:,} bad rows skipped)",
         f"tokens       {source.tokens:,} as {source.dtype.name} in {len(source.shards)} shards"
-        + (", kept in order" if source.ordered else ", shuffled")
+        + _order(source)
         + (", with a loss mask" if source.has_loss_mask else ""),
         f"documents    {source.documents:,}, of {int(lengths.min())} to {int(lengths.max()):,} tokens, "
         f"median {int(np.median(lengths))}, mean {source.tokens / source.documents:.0f}",
@@ -53,6 +53,15 @@ def inspect_source(
     for document in range(min(documents, len(offsets[0]) - 1)):
         lines += _show_document(source, document, offsets[0], tokenizer)
     return lines
+
+
+def _order(source: Source) -> str:
+    if not source.ordered:
+        return ", shuffled"
+    order = source.made_from.get("order", "keep")
+    if order == "keep":
+        return ", kept in order"
+    return f", ordered by {order.removeprefix('-')} from {'high to low' if order.startswith('-') else 'low to high'}"
 
 
 def _show_document(source: Source, document: int, offsets: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:

@@ -41,8 +41,8 @@ def begin_part(output: Path, part: tuple[int, int], recipe: Recipe, validation_o
     for number, others, there, _ in _recipes(output):
         if others != part[1] or there.fingerprint != recipe.fingerprint:
             raise UserError(
-                f"{parts} holds part {number}/{others} of another request (other inputs, options, tokenizer or number of "
-                "parts): give all machines the same, or delete that folder"
+                f"{parts} holds part {number}/{others} of another request (other inputs, options, tokenizer or number "
+                "of parts): give all machines the same, or delete that folder"
             )
     folder = parts / f"part-{part[0]}-of-{part[1]}"
     relative = os.path.relpath(validation_output, output.parent) if validation_output else None
@@ -75,8 +75,8 @@ class Parts:
                 missing.append(f"{part}/{self.number} ({done} of {len(own)} groups of files done)")
         if missing:
             raise UserError(
-                f"{self.folder} is not complete, missing: part {', part '.join(missing)}. Run 'data prepare' with these "
-                "--part again (it goes on where it stopped), then merge"
+                f"{self.folder} is not complete, missing: part {', part '.join(missing)}. Run 'data prepare' with "
+                "these --part again (it goes on where it stopped), then merge"
             )
         return Units(self.recipe, folders, [unit for unit in counts if unit is not None])
 
@@ -91,7 +91,8 @@ def open_parts(output: Path) -> Parts:
     recipes = _recipes(output)
     if not recipes:
         raise UserError(
-            f"there is no part in {parts}: run 'titan-yulan data prepare ... --output {output} --part i/n' for i = 1 to n"
+            f"there is no part in {parts}: run 'titan-yulan data prepare ... --output {output} --part i/n' for i = 1 to "
+            "n first"
         )
     if len({(number_of, recipe.fingerprint) for _, number_of, recipe, _ in recipes}) > 1:
         found = ", ".join(f"{number}/{number_of}" for number, number_of, _, _ in recipes)

@@ -189,8 +189,8 @@ class Progress:
         now = time.perf_counter()
         if now - self._said > _SAY_EVERY:
             self._said = now
-            seconds = now - self._start
+            seconds, megabytes = now - self._start, self._bytes / 1e6
             self._say(
-                f"{self._what.format(f'{self._done:,} of {self._total:,}')}, {self._bytes / 1e6:,.0f} MB at "
-                f"{self._bytes / 1e6 / seconds:,.1f} MB/s, {self._tokens:,} tokens at {self._tokens / seconds:,.0f} tokens/s"
+                f"{self._what.format(f'{self._done:,} of {self._total:,}')}, {megabytes:,.0f} MB at "
+                f"{megabytes / seconds:,.1f} MB/s, {self._tokens:,} tokens at {self._tokens / seconds:,.0f} tokens/s"
             )

@@ -129,10 +129,11 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]] | None:
     """The recipe and the values stored beside it; None when the file is missing or of another version."""
     try:
         content = json.loads(path.read_bytes())
-        fields = {name: content.pop(name) for name in Recipe.__dataclass_fields__}
+        fields: dict[str, Any] = {name: content.pop(name) for name in Recipe.__dataclass_fields__}
     except (FileNotFoundError, KeyError, ValueError, AttributeError):
         return None
-    return Recipe(**{**fields, "inputs": tuple(fields["inputs"])}), content
+    fields["inputs"] = tuple(fields["inputs"])
+    return Recipe(**fields), content
 
 
 def _file_fingerprint(path: Path) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """First half of preparing: input files to token ids, one folder per group of files.
 
-A group is one file, or neighbouring small files. Its folder (`data/unit.py`) appears whole, by a rename, so a killed run
-loses only the groups it was working on. Documents stream through; memory does not grow with the file. A file whose
+A group is one file, or neighbouring small files. Its folder (`data/unit.py`) appears whole, by a rename, so a killed
+run loses only the groups it was working on. Documents stream through; memory does not grow with the file. A file whose
 content breaks off gives nothing at all: what was read of it is taken back.
 """
 

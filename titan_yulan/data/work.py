@@ -51,7 +51,8 @@ class Work:
         folders = sorted(path.iterdir()) if self.recipe.split_by and path.is_dir() else [path]
         if not all((folder / DESCRIPTION).exists() for folder in folders):
             raise UserError(
-                f"{path} is in the way (not empty, and not what this request makes): delete it, or choose another output"
+                f"{path} is in the way (not empty, and not what this request makes): delete it, or choose another "
+                "output"
             )
         sources = [Source.open(folder) for folder in folders]
         for source in sources:
