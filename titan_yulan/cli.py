@@ -104,7 +104,7 @@ def _data_verbs(verbs) -> None:
     prepare = _verb(data, "prepare", "turn text into a source", _data_prepare)
     prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose")
     prepare.add_argument("--name", required=True)
-    prepare.add_argument("--tokenizer", required=True, help="tiktoken vocabulary file")
+    prepare.add_argument("--tokenizer", required=True, help="tiktoken vocabulary file, or a tokenizer.json or its folder")
     prepare.add_argument("--output", required=True)
     prepare.add_argument("--validation-output", help="folder of the held-out part")
     prepare.add_argument("--validation-share", type=float, default=0.0)
@@ -143,7 +143,7 @@ def _data_verbs(verbs) -> None:
 
 def _annotation_verbs(data) -> None:
     score = _verb(data, "score", "write the perplexity of every document under a trained model", _data_score)
-    score.add_argument("--run", required=True, help="run folder or checkpoint folder")
+    score.add_argument("--run", required=True, help="run folder, checkpoint folder, or Hugging Face Llama folder")
     score.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: as it was trained)")
     score.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens computed at a time")
     score.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")

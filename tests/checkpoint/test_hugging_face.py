@@ -136,10 +136,17 @@ def test_every_difference_of_the_model_is_listed_as_it_is_to_be_written(folder: 
         "  rope_theta = 500000.0  # found 10000.0",
         "  attention_bias = false  # found true",
         f"  residual_scale = 1.0  # found {1.4 / 3**0.5}",
-        "  attention_base_width = 6  # found 15",
     ]
     assert "config.json is of another model than [model]" in str(caught.value)
     assert "--allow-change model.KEY" in str(caught.value)
+
+
+def test_widths_that_change_the_scale_of_scores_and_logits_are_told(tmp_path: Path) -> None:
+    write_yulan(tmp_path / "weights", replace(YULAN, attention_base_width=1, logits_base_width=7))
+    with pytest.raises(UserError) as caught:
+        check_hugging_face(run_config(YULAN), open_hugging_face(tmp_path / "weights"))
+    lines = ["  attention_base_width = 1  # found 'none'", "  logits_base_width = 7  # found 'none'"]
+    assert str(caught.value).replace('"', "'").splitlines()[1:-1] == lines
 
 
 def test_a_difference_that_was_decided_passes(folder: Path) -> None:
@@ -161,7 +168,7 @@ def test_every_wrong_tensor_is_listed(folder: Path) -> None:
         check_hugging_face(run_config(LLAMA), open_hugging_face(folder))
     assert str(caught.value).splitlines()[1:-1] == [
         "  1 missing: model.norm.weight",
-        "  1 not of the model of [model]: model.layers.0.extra.weight",
+        "  1 that the model has not: model.layers.0.extra.weight",
         "  1 of another shape: model.layers.1.mlp.up_proj.weight (30, 42) instead of (42, 30)",
     ]
 
@@ -171,7 +178,7 @@ def test_a_bias_of_o_proj_that_is_not_zero_is_refused(tmp_path: Path) -> None:
     write_llama(tmp_path, model, torch.bfloat16)
     name = "model.layers.1.self_attn.o_proj.bias"
     edit_tensors(tmp_path, lambda tensors: tensors[name][3:4].fill_(0.5))
-    with pytest.raises(UserError, match=f"1 not of the model of \\[model\\]: {name}"):
+    with pytest.raises(UserError, match=f"1 that the model has not: {name}"):
         check_hugging_face(run_config(model), open_hugging_face(tmp_path))
 
 
@@ -207,7 +214,10 @@ LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken config": (write("config.json", "{"), "config.json cannot be read .* download it again"),
     "list as config": (write("config.json", "[]"), "config.json holds no JSON object"),
-    "another type": (lambda f: edit_config(f, model_type="qwen2"), "type 'qwen2'; llama and yulanmini can be read"),
+    "another type": (
+        lambda f: edit_config(f, model_type="qwen2"),
+        "type 'qwen2'; llama, yulanmini, miniyulan can",
+    ),
     "Llama 3.1": (lambda f: edit_config(f, rope_scaling=LLAMA_31), "config.json: published key 'rope_scaling'"),
     "Llama 3.1, transformers 5": (
         lambda f: edit_config(f, rope_parameters=LLAMA_31 | {"rope_theta": 5e5}),
@@ -230,7 +240,7 @@ def test_a_folder_that_cannot_be_read_is_refused_with_the_remedy(folder: Path, n
     spoil, message = REFUSED[name]
     spoil(folder)
     assert is_hugging_face(folder)
-    with pytest.raises(UserError, match=f"^phase.start_from: .*{message}"):
+    with pytest.raises(UserError, match=message):
         open_hugging_face(folder)
 
 
@@ -257,19 +267,22 @@ def test_another_vocabulary_than_the_folder_s_is_told(folder: Path, tmp_path: Pa
     (folder / "tokenizer.json").write_text("{}")
     config = run_config(LLAMA)
     lines = check_hugging_face(config, open_hugging_face(folder))
-    assert len(lines) == 1 and lines[0].startswith("WARNING: phase.start_from comes with")
+    assert len(lines) == 1 and lines[0].startswith(f"WARNING: {folder} comes with tokenizer.json")
     same = tmp_path / "tokenizer.json"
     same.write_text("{}")
-    config = replace(config, tokenizer=replace(config.tokenizer, path=str(same)))
-    assert check_hugging_face(config, open_hugging_face(folder)) == []
+    for path in (same, folder):  # a folder stands for the file in it
+        config = replace(config, tokenizer=replace(config.tokenizer, path=str(path)))
+        assert check_hugging_face(config, open_hugging_face(folder)) == []
 
 
-def test_our_own_checkpoints_are_no_such_folder(tmp_path: Path) -> None:
-    assert not is_hugging_face(tmp_path)
-    assert not is_hugging_face(tmp_path / "nothing there")
+def test_our_own_checkpoints_are_no_such_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_hugging_face(folder.parent)
+    assert not is_hugging_face(folder / "nothing there")
+    monkeypatch.chdir(folder)
+    assert is_hugging_face(".") and not is_hugging_face("")  # a key that is not set
 
 
 def test_an_environment_without_safetensors_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(UserError, match=r"^phase.start_from: the package safetensors is missing, .* pip install"):
+    with pytest.raises(UserError, match=r"^the package safetensors is missing, .* pip install"):
         open_hugging_face(folder)

@@ -99,6 +99,23 @@ def test_mixes_are_summed_by_domain_and_other_sources_vanish(tmp_path: Path) -> 
     assert set(config.data.sources) == {"code", "math"}
 
 
+def test_batches_and_lengths_in_tokens(tmp_path: Path) -> None:
+    phases = """
+    [[curriculum]]
+    name = "only"
+    sequence_length = 4096
+    batch = { global_batch_size = "4_128_768" }
+    mix = { web = "30B", python = "10B" }
+    [batch]"""
+    (phase,) = small(tmp_path, ("[batch]", phases)).phases
+    assert (phase.batch.global_batch_size, phase.batch.micro_batch_size) == (Tokens(3584), 7)
+    assert phase.length is None and phase.mix == {"math": Tokens(260417), "code": Tokens(86806)}
+    (line,) = refusal(tmp_path, ("[batch]", phases.replace('"30B"', '"1B"').replace('"10B"', '"1B"')))
+    assert line.endswith("miniature.steps_divisor: leaves fewer than 200 rows to only (112); lower it to about 56")
+    (line,) = refusal(tmp_path, ("[batch]", phases.replace('"30B"', "3.0")))
+    assert line.endswith("mix: holds weights and amounts of tokens; write all as weights or all as amounts")
+
+
 def test_the_layout_is_the_one_of_the_miniature(tmp_path: Path) -> None:
     config = small(tmp_path)
     assert {phase.parallel.tensor for phase in config.phases} == {1}

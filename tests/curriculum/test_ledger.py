@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.curriculum.making import configuration, phase
 from titan_yulan.config.sections import SourceSection
+from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.ledger import SourceLedger, ledger, ledger_json, ledger_lines
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.curriculum.position import Position
@@ -51,7 +52,13 @@ def plans(draw: st.DrawFn) -> tuple[Plan, int, dict[str, int]]:
     ]
     tapes = draw(st.dictionaries(st.sampled_from(["code", "math"]), st.integers(0, 500)))
     start = Position(draw(st.integers(0, 9)), 80, 640)
-    plan = Plan(configuration(*sections, sources=SOURCES), start, tapes)
+    # an adaptive mixture changes inside a phase
+    changes = [
+        Adjustment(section.name, 0, draw(st.integers(1, 400)), {"code": 0.25, "prose": 0.75}, {})
+        for section in sections
+        if draw(st.booleans())
+    ]
+    plan = Plan(configuration(*sections, sources=SOURCES), start, tapes, changes)
     return plan, draw(st.integers(start.step, plan.end.step)), tapes
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from titan_yulan.data import corpus
 from titan_yulan.data.documents import BadRow, Document, find_inputs, parse_row, read_documents
+from titan_yulan.data.rows import DamagedFile
 from titan_yulan.errors import UserError
 
 
@@ -88,7 +89,7 @@ def test_whole_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl.gz").write_bytes(whole[:9000] + bytes(99) + whole[9099:])
     (tmp_path / "d.jsonl.gz").write_bytes(b'{"text": "x"}')
     for name in ("a.parquet", "b.jsonl.gz", "c.jsonl.gz", "d.jsonl.gz"):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(DamagedFile, match=name):
             read(tmp_path / name)
 
 
@@ -258,7 +259,7 @@ def test_a_truncated_parquet_file_is_named_whatever_is_missing(tmp_path: Path) -
     footer = int.from_bytes(whole[-8:-4], "little") + 8
     for damaged in (whole[: len(whole) // 2], whole[:-1], b"", whole[:50] + whole[-footer:]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"cannot read .*a\.parquet as Parquet"):
+        with pytest.raises(DamagedFile, match=r"cannot read .*a\.parquet as Parquet"):
             read(path)
 
 
@@ -304,7 +305,7 @@ def test_shards_and_metadata_must_agree(tmp_path: Path, counts: list[int] | None
         metadata.write_text(metadata.read_text()[:-20])
     elif not counts:
         metadata.write_text(metadata.read_text().replace('num": 6', 'num": 7'))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DamagedFile, match=message):
         read(tmp_path)
     metadata.unlink()
     assert len(read(tmp_path)) == 3
@@ -319,3 +320,15 @@ def test_numbers_in_names_sort_as_numbers(tmp_path: Path) -> None:
     assert sorted(order) == sorted(names)
     assert [name for name in order if name[0] != "a"] == ["1.txt", "02.txt", "2.txt", "10.txt"]
     assert [name for name in order if name[0] == "a"] == ["a/1.txt", "a-9/b-2.txt", "a-9/b-10.txt", "a-10/b-1.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.bin"])
+def test_a_file_that_went_away_is_not_taken_for_a_damaged_one(tmp_path: Path, name: str) -> None:
+    for each in (name, "a.idx"):
+        (tmp_path / each).write_bytes(b"")
+    (file,) = find_inputs([str(tmp_path / name)])
+    for each in (name, "a.idx"):
+        (tmp_path / each).unlink()
+    with pytest.raises(UserError, match="cannot read") as caught:
+        list(read_documents(file))
+    assert not isinstance(caught.value, DamagedFile)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.making import EOS, make
 from titan_yulan.data.documents import BadRow, Document, find_inputs, read_documents
+from titan_yulan.data.rows import DamagedFile
+from titan_yulan.data.source import Source
 from titan_yulan.errors import UserError
 
 # as in megatron/core/datasets/indexed_dataset.py of github.com/NVIDIA/Megatron-LM
@@ -135,7 +141,7 @@ def test_a_damaged_index_is_named(tmp_path: Path, place: int, value: bytes, mess
 def test_a_truncated_file_is_named(tmp_path: Path, name: str, kept: int) -> None:
     write(tmp_path / "x", [[[1, 2]], [[3], [4, 5]]])
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:kept])
-    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+    with pytest.raises(DamagedFile, match=name.replace(".", r"\.")):
         read(tmp_path / "x.bin")
 
 
@@ -153,3 +159,23 @@ def test_a_large_file_is_mapped_not_read(tmp_path: Path) -> None:
     document = next(read_documents(file))
     assert isinstance(document, Document) and document.token_ids is not None
     assert document.token_ids.shape == (length,) and not document.token_ids.any()
+
+
+def test_every_tokenised_input_gives_the_same_source(tmp_path: Path) -> None:
+    """JSONL rows, Parquet shards and indexed data sets of the same ids, through all of preparing."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(0, EOS, int(length)).tolist() for length in random.integers(1, 60, 300)]
+    parts = [documents[:120], documents[120:130], documents[130:]]
+    for number, part in zip((1, 2, 10), parts, strict=True):
+        for kind in ("jsonl", "parquet", "megatron"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+        lines = [json.dumps({"input_ids": ids}) for ids in part]
+        (tmp_path / "jsonl" / f"part-{number}.jsonl").write_text("\n".join(lines))
+        table = pyarrow.table({"input_ids": part})
+        pyarrow.parquet.write_table(table, tmp_path / "parquet" / f"splited_part-{number}.parquet")
+        write(tmp_path / "megatron" / f"part-{number}", [[ids[:7], ids[7:]] for ids in part], "uint16")
+    reports = [make(str(tmp_path / kind), tmp_path / f"out-{kind}") for kind in ("jsonl", "parquet", "megatron")]
+    sources = [Source.open(tmp_path / f"out-{kind}") for kind in ("jsonl", "parquet", "megatron")]
+    assert len({source.fingerprint for source in sources}) == 1
+    assert [report.documents for report in reports] == [300] * 3
+    assert sources[0].tokens == sum(len(ids) + 1 for ids in documents)

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.checkpoint.hugging_face_folders import LLAMA, write_llama
 from tests.checkpoint.making import make_state
 from tests.data.making import BYTES, EOS
 from titan_yulan import cli, config
@@ -26,7 +28,8 @@ from titan_yulan.data.rows import Document
 from titan_yulan.data.tokenizer import save_ranks
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.load import load_decoder
-from titan_yulan.eval.score import Scorer, in_compute_precision, score
+from titan_yulan.eval.open_model import in_precision
+from titan_yulan.eval.score import Scorer, score
 from titan_yulan.model import Decoder
 
 CONTEXT = 16
@@ -135,7 +138,7 @@ def test_perplexities_are_those_of_the_definition(decoder: Decoder, direct: Any,
 
 
 def test_matrices_take_the_precision_of_the_run_and_scalars_keep_theirs(run: Path, direct: Any) -> None:
-    decoder = in_compute_precision(load_decoder(run)[0], torch.bfloat16, torch.device("cpu"))
+    decoder = in_precision(load_decoder(run)[0], torch.bfloat16, torch.device("cpu"))
     types = {name: parameter.dtype for name, parameter in decoder.named_parameters()}
     assert types["model.layers.0.mlp.up_proj.weight"] == types["model.layers.0.self_attn.q_proj.bias"] == torch.bfloat16
     assert types["lm_head_alpha"] == types["model.norm.weight"] == torch.float32
@@ -152,6 +155,28 @@ def test_what_no_perplexity_can_be_given_for(decoder: Decoder) -> None:
     broken.load_state_dict({name: value * math.nan for name, value in decoder.state_dict().items()})
     with pytest.raises(RunError, match="the model gives a loss of nan"):
         Scorer(broken, BYTES, CONTEXT, 64)([Document((("a", True),))])
+
+
+def test_a_hugging_face_folder_scores_as_transformers_does(tmp_path: Path) -> None:
+    """The starting model itself is what Llama3-SynE sorts by."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path / "llama"
+    peer = write_llama(folder, replace(LLAMA, vocab_size=264))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    core = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens(["<end>"])
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    text = tmp_path / "a.txt"
+    text.write_text(TEXTS[2])
+    score(folder, [str(text)], tmp_path / "scored", say=lambda line: None)
+    ids = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).encode(TEXTS[2])
+    tokens = torch.tensor([[core.token_to_id("<end>"), *ids]])
+    with torch.no_grad():
+        expected = float(peer.double()(tokens[:, :-1]).logits[0].log_softmax(-1).gather(1, tokens[0, 1:, None]).mean())
+    assert read_scores(tmp_path / "scored") == {TEXTS[2]: (pytest.approx(math.exp(-expected), rel=1e-5), len(ids))}
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 _TOKENIZER = "tokenizer.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-_MODEL_TYPES = ("llama", "yulanmini")
+_MODEL_TYPES = ("llama", "yulanmini", "miniyulan")  # the last is what YuLan-Mini's stable phases were published as
 _TYPES = ("F32", "BF16", "F16")
 _SHOWN = 12  # names in one message
 
@@ -63,7 +63,7 @@ class HuggingFaceFolder:
 
 def is_hugging_face(path: str | Path) -> bool:
     """Whether `[phase] start_from` names a folder of this format (our own checkpoints have no config.json)."""
-    return (Path(path) / CONFIG).is_file()
+    return path != "" and (Path(path) / CONFIG).is_file()
 
 
 def open_hugging_face(path: str | Path) -> HuggingFaceFolder:
@@ -80,22 +80,20 @@ def _read_model(file: Path) -> ModelConfig:
     values = _read_json(file)
     kind = values.get("model_type", "llama")
     if kind not in _MODEL_TYPES:
-        raise UserError(
-            f"phase.start_from: {file} describes a model of type {kind!r}; {' and '.join(_MODEL_TYPES)} can be read"
-        )
+        raise UserError(f"{file} describes a model of type {kind!r}; {', '.join(_MODEL_TYPES)} can be read")
     try:
         return ModelConfig.from_published(values)
     except UserError as error:
-        raise UserError(f"phase.start_from: {file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"phase.start_from: {file} cannot be read ({error}); download it again") from error
+        raise UserError(f"{file} cannot be read ({error}); download it again") from error
     if not isinstance(values, dict):
-        raise UserError(f"phase.start_from: {file} holds no JSON object; download it again")
+        raise UserError(f"{file} holds no JSON object; download it again")
     return values
 
 
@@ -104,12 +102,12 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
     for file, promised in _weight_files(path).items():
         found = _read_header(file)
         if absent := sorted(promised - found.keys()):
-            raise UserError(f"phase.start_from: {file} lacks {_listed(absent)}, which {INDEX} says it holds")
+            raise UserError(f"{file} lacks {_listed(absent)}, which {INDEX} says it holds")
         # a file may hold more than the index takes from it
         tensors |= {name: tensor for name, tensor in found.items() if not promised or name in promised}
     if other := sorted({tensor.dtype for tensor in tensors.values()} - set(_TYPES)):
         raise UserError(
-            f"phase.start_from: {path} holds tensors of type {', '.join(other)}; {', '.join(_TYPES)} can be read: take "
+            f"{path} holds tensors of type {', '.join(other)}; {', '.join(_TYPES)} can be read: take "
             "weights that are not quantised"
         )
     return tensors
@@ -121,23 +119,23 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
     if (path / INDEX).is_file():
         places = _read_json(path / INDEX).get("weight_map")
         if not isinstance(places, dict) or not all(_is_name(place) for place in places.values()):
-            raise UserError(f"phase.start_from: {path / INDEX} has no table weight_map of files; download it again")
+            raise UserError(f"{path / INDEX} has no table weight_map of files; download it again")
         for name, place in places.items():
             files.setdefault(path / place, set()).add(name)
     elif (path / WEIGHTS).is_file():
         files[path / WEIGHTS] = set()
     elif any(path.glob("*.safetensors")):
-        raise UserError(f"phase.start_from: {path} has neither {WEIGHTS} nor {INDEX}; download it too")
+        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}; download it too")
     elif any(path.glob("pytorch_model*.bin*")):
         raise UserError(
-            f"phase.start_from: the weights of {path} are pytorch_model.bin, a pickle, which is not read. Convert them "
+            f"the weights of {path} are pytorch_model.bin, a pickle, which is not read. Convert them "
             "once with the package transformers: AutoModelForCausalLM.from_pretrained(FOLDER, "
             "dtype='auto').save_pretrained(NEW_FOLDER)"
         )
     else:
-        raise UserError(f"phase.start_from: {path} has a {CONFIG} and no weights ({WEIGHTS}); download them too")
+        raise UserError(f"{path} has a {CONFIG} and no weights ({WEIGHTS}); download them too")
     if absent := sorted(file.name for file in files if not file.is_file()):
-        raise UserError(f"phase.start_from: {path} lacks {_listed(absent)}, named in {INDEX}; finish the download")
+        raise UserError(f"{path} lacks {_listed(absent)}, named in {INDEX}; finish the download")
     return files
 
 
@@ -149,17 +147,13 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open  # few runs need it, and not every environment has it
     except ImportError:
-        raise UserError(
-            f"phase.start_from: the package safetensors is missing, which reads {file}; pip install safetensors"
-        ) from None
+        raise UserError(f"the package safetensors is missing, which reads {file}; pip install safetensors") from None
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
             return {n: StoredTensor(file, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"phase.start_from: {file} is damaged or incomplete ({error}); download or copy it again"
-        ) from error
+        raise UserError(f"{file} is damaged or incomplete ({error}); download or copy it again") from error
 
 
 def check_hugging_face(config: RunConfig, folder: HuggingFaceFolder, allow_changes: Collection[str] = ()) -> list[str]:
@@ -175,12 +169,13 @@ def check_hugging_face(config: RunConfig, folder: HuggingFaceFolder, allow_chang
         UserError: listing every difference.
     """
     _check_model(config, folder, allow_changes)
-    _check_tensors(config.model, folder)
+    check_tensors(folder, config.model)
     tokenizer, own = folder.path / _TOKENIZER, Path(config.tokenizer.path)
+    own = own / _TOKENIZER if own.is_dir() else own
     if not tokenizer.is_file() or (own.is_file() and own.read_bytes() == tokenizer.read_bytes()):
         return []
     return [
-        f"WARNING: phase.start_from comes with {tokenizer}, and tokenizer.path is {own}: unless both give every text "
+        f"WARNING: {folder.path} comes with {_TOKENIZER}, and tokenizer.path is {own}: unless both give every text "
         "the same ids, the model has learned other words than the sources are made of"
     ]
 
@@ -197,20 +192,18 @@ def _check_model(config: RunConfig, folder: HuggingFaceFolder, allow_changes: Co
     if lines:
         listed = "\n  ".join(lines)
         raise UserError(
-            f"phase.start_from: {folder.path / CONFIG} is of another model than [model]. Write there:\n  {listed}\n"
+            f"{folder.path / CONFIG} is of another model than [model]. Write there:\n  {listed}\n"
             "or, for a key that is to differ, add --allow-change model.KEY"
         )
 
 
 def _function_of(model: ModelConfig) -> dict[str, Any]:
-    """The keys that decide which function the weights are, with values that follow from others written out."""
+    """The keys that decide which function the weights are, each in one of the ways in which it can be written."""
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    values |= {
-        "head_dim": model.attention_head_dim,
-        "residual_scale": model.residual_factor,
-        "attention_base_width": model.attention_base_width or model.attention_head_dim,
-        "logits_base_width": model.logits_base_width or model.hidden_size,
-    }
+    width, hidden = model.attention_head_dim, model.hidden_size
+    values |= {"head_dim": width, "residual_scale": model.residual_factor}
+    values["attention_base_width"] = None if model.attention_base_width == width else model.attention_base_width
+    values["logits_base_width"] = None if model.logits_base_width == hidden else model.logits_base_width
     unused = set() if model.wesar else {"norm_alphas"}
     if model.embedding_norm != "layer_norm" and not model.qk_layer_norm:
         unused.add("layer_norm_eps")
@@ -256,7 +249,12 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {f"model.layers.{i}.{name}": shape for i in layers for name, shape in block.items()}
 
 
-def _check_tensors(model: ModelConfig, folder: HuggingFaceFolder) -> None:
+def check_tensors(folder: HuggingFaceFolder, model: ModelConfig) -> None:
+    """The folder must hold every tensor of `model`, and none besides that would change it.
+
+    Raises:
+        UserError: listing what is missing, left over, or of another shape.
+    """
     expected, found = parameter_shapes(model), folder.tensors
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected and not _says_nothing(name, model, folder)]
@@ -266,13 +264,12 @@ def _check_tensors(model: ModelConfig, folder: HuggingFaceFolder) -> None:
         # scalars are published with shape () and (1,)
         if name in found and (found[name].shape or (1,)) != shape
     ]
-    problems = {"missing": missing, "not of the model of [model]": unexpected, "of another shape": shapes}
+    problems = {"missing": missing, "that the model has not": unexpected, "of another shape": shapes}
     lines = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
     if lines:
         listed = "\n  ".join(lines)
         raise UserError(
-            f"phase.start_from: the tensors of {folder.path} are not those of [model]:\n  {listed}\n"
-            f"Its {CONFIG} says otherwise: take files that belong together"
+            f"the tensors of {folder.path} are not those of its {CONFIG}:\n  {listed}\nTake files that belong together"
         )
 
 

@@ -28,7 +28,7 @@ def load_hugging_face(
     """Fill every parameter in place, in its own type; all ranks together.
 
     Args:
-        folder: one that `check_hugging_face` has passed for this model.
+        folder: one whose tensors are this model's (`check_tensors`).
         parameters: the decoder's by name, plain or DTensors (`Learner.tensors()["model"]`).
         group: of all ranks, for their agreement about failures; None: this process is alone.
 
@@ -46,7 +46,7 @@ def load_hugging_face(
         failures = [None] * dist.get_world_size(group)
         dist.all_gather_object(failures, failure, group=group)
     if reason := next((reason for reason in failures if reason), None):
-        raise RunError(f"phase.start_from: {folder.path} cannot be loaded: {reason}")
+        raise RunError(f"{folder.path} cannot be loaded: {reason}")
 
 
 def _fill(folder: HuggingFaceFolder, parameters: Mapping[str, Tensor]) -> str | None:

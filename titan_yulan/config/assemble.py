@@ -14,6 +14,7 @@ from pathlib import Path
 
 from titan_yulan.config.bind import found
 from titan_yulan.config.miniature import without_layout
+from titan_yulan.config.mix_file import read_mix
 from titan_yulan.config.override import Override, apply, phase_sections
 from titan_yulan.config.read import ConfigFile, Node, Origin, Problems, Reader, merge
 from titan_yulan.errors import UserError
@@ -44,7 +45,8 @@ class Assembler:
     def __init__(self, top: ConfigFile, reader: Reader, overrides: Sequence[Override], problems: Problems) -> None:
         self.top, self.reader, self.problems = top, reader, problems
         self.on_run = [o for o in overrides if o.path[0] != "phase"]
-        self.on_phase = [o for o in overrides if o.path[0] == "phase"]
+        on_phase = [o for o in overrides if o.path[0] == "phase"]
+        self.on_phase = [Override(o.path, self._read_mix(o.node)) if o.path[1:] == ("mix",) else o for o in on_phase]
 
     def assemble(self) -> Assembled:
         """The run-level tables and all phases in order; errors go to `problems`.
@@ -156,6 +158,7 @@ class Assembler:
         """A phase's table with its sections filled from the run's; overrides win over both."""
         if not isinstance(table.value, dict):
             return table
+        table = self._with_mix(table)
         sections = {name: run.get(name) or Node({}, run.origin.child(name)) for name in phase_sections()}
         own = without_layout(table) if run.get("miniature") else table
         merged = dict(own.value)
@@ -169,7 +172,18 @@ class Assembler:
 
     def _with_overrides(self, table: Node) -> Node:
         """A phase's table with `--phase.key=value` laid on it."""
-        return apply(Node({"phase": table}, table.origin), self.on_phase).value["phase"]
+        return apply(Node({"phase": self._with_mix(table)}, table.origin), self.on_phase).value["phase"]
+
+    def _with_mix(self, table: Node) -> Node:
+        """A phase's table in which the file that `mix` may name is read."""
+        mix = table.get("mix")
+        return Node({**table.value, "mix": self._read_mix(mix)}, table.origin) if mix else table
+
+    def _read_mix(self, mix: Node) -> Node:
+        if not isinstance(mix.value, str):
+            return mix
+        path = self._beside(mix)
+        return read_mix(path, self.reader.label(path), mix.origin)
 
     def _finish(self, table: dict[str, Node]) -> dict[str, Node]:
         """`after` has done its work, and `lr` is a list."""

@@ -46,6 +46,10 @@ def schema() -> dict[str, Any]:
         "description": "a whole model by name; keys written beside it win",
         "enum": list(PRESETS),
     }
+    phase = _section(PhaseSection)
+    mix = phase["properties"]["mix"]
+    table = {key: mix.pop(key) for key in ("type", "additionalProperties")}
+    mix["anyOf"] = [table, {"type": "string"}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "titan_yulan configuration",
@@ -53,7 +57,7 @@ def schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
-        "$defs": {"phase": _section(PhaseSection)},
+        "$defs": {"phase": phase},
     }
 
 

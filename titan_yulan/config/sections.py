@@ -167,7 +167,11 @@ class PhaseSection:
 
     name: str = setting(help="name of the phase, unique in the curriculum")
     sequence_length: int = setting(help="tokens of one row", ge=1)
-    mix: dict[str, float | Tokens] = setting(help="source name -> weight (a number) or amount ('1.2B')", ge=0)
+    mix: dict[str, float | Tokens] = setting(
+        help="source name -> weight (a number) or amount ('1.2B'); or a file of them, relative to this one: a data_mix "
+        "recipe (.json) or two columns (.csv)",
+        ge=0,
+    )
     length: Duration | None = setting(
         None, "how long the phase is; may be left out when every amount of the mix is in tokens: their sum"
     )

@@ -13,6 +13,7 @@ these 8-byte columns and the destination; 91 by a string).
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from titan_yulan.errors import UserError
 
 # One document: its unit, its first token there, its tokens, and what sorts the documents of a shard.
 PLACE = np.dtype([("unit", "<u4"), ("start", "<i8"), ("length", "<i8"), ("order", "<u8")])
+_DIRTY = 2**18  # documents whose places may be in memory
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,20 @@ def running_sums(groups: np.ndarray, amounts: np.ndarray, totals: np.ndarray) ->
 
 def _write_places(path: Path, bucketed: Iterator[_Bucketed], following: np.ndarray, documents: int) -> None:
     """Second pass of the counting sort: every document's record to the next free place of its bucket."""
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, documents * PLACE.itemsize))  # a full disk shows here, not later
-    places = np.memmap(path, PLACE, mode="r+", shape=(documents,)) if documents else np.empty(0, PLACE)
+    size = max(1, documents) * PLACE.itemsize
+    with path.open("w+b") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a fatal signal below
+        mapping = mmap.mmap(file.fileno(), size)
+    places = np.frombuffer(mapping, PLACE)
+    dirty = 0
     for some, in_bucket, order in bucketed:
         records = np.empty(len(in_bucket), PLACE)
         records["unit"], records["start"], records["length"] = some.unit, some.starts, some.records["length"]
         records["order"] = order
         places[running_sums(in_bucket, np.ones(len(in_bucket), np.int64), following)] = records
+        if (dirty := dirty + len(records)) > _DIRTY:
+            mapping.madvise(mmap.MADV_DONTNEED)  # written pages go to the file, not into this process's memory
+            dirty = 0
 
 
 def _bucketed(layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray) -> Iterator[_Bucketed]:
@@ -227,21 +235,26 @@ def _sorted_starts(layout: _Layout) -> np.ndarray:
             f"source {recipe.name}: the column {recipe.order_column!r} holds numbers in some files and strings in "
             "others: make them alike"
         )
-    kept = int(layout.totals["documents"].sum())
+    documents = int(layout.totals["documents"].sum())
     columns = {"key": np.float64 if kinds != {STRING} else f"S{STRING_BYTES}", "length": np.int64, "to": np.int16}
-    arrays = {name: np.empty(kept, kind) for name, kind in columns.items()}
+    arrays = {name: np.empty(documents, kind) for name, kind in columns.items()}
     filled = 0
     for some in layout.documents():
         rows = slice(filled, filled + len(some.records))
         arrays["key"][rows], arrays["length"][rows] = some.records["key"], some.records["length"]
         arrays["to"][rows] = some.destinations
         filled = rows.stop
-    ordinals = np.arange(layout.units.documents) if layout.kept is None else np.flatnonzero(layout.kept)
+    keys = arrays.pop("key")
+    order = np.lexsort((_descending(keys) if recipe.order.startswith("-") else keys, arrays.pop("to")))
+    del keys  # these columns are the memory of a large input
+    lengths = arrays.pop("length")[order]
+    sums = np.cumsum(lengths)
+    sums -= lengths
+    ends, tokens = np.cumsum(layout.totals["documents"]), layout.totals["tokens"]
+    for end, some, before in zip(ends, layout.totals["documents"], np.cumsum(tokens) - tokens, strict=True):
+        sums[end - some : end] -= before
     starts = np.empty(layout.units.documents, np.int64)
-    order = np.lexsort((_descending(arrays["key"]) if recipe.order.startswith("-") else arrays["key"], arrays["to"]))
-    starts[ordinals[order]] = running_sums(
-        arrays["to"][order], arrays["length"][order], np.zeros(len(layout), np.int64)
-    )
+    starts[order if layout.kept is None else np.flatnonzero(layout.kept)[order]] = sums
     return starts
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from titan_yulan.data import corpus
 from titan_yulan.data.megatron import index_path, read_megatron
 from titan_yulan.data.parquet import METADATA, read_parquet
-from titan_yulan.data.rows import BadRow, Document, parse_row
+from titan_yulan.data.rows import BadRow, DamagedFile, Document, parse_row
 from titan_yulan.errors import UserError
 
 _SUFFIXES = {
@@ -87,8 +87,9 @@ def read_documents(file: InputFile, columns: Sequence[str] = ()) -> Iterator[Doc
             a value for one of them is a `BadRow`.
 
     Raises:
-        UserError: the file as a whole cannot be read (missing, a damaged archive, Parquet file or index), it has no
-            such column, or it contradicts the file beside it. Documents may have come before.
+        DamagedFile: a damaged or truncated archive, Parquet file or index, or one that contradicts the file beside it.
+            Documents may have come before.
+        UserError: what other files may suffer from too: it is missing or may not be read, or has no such column.
     """
     try:
         if file.kind == "jsonl":
@@ -101,7 +102,9 @@ def read_documents(file: InputFile, columns: Sequence[str] = ()) -> Iterator[Doc
             yield from read_megatron(file.name, file.path)
         else:
             yield from _read_text(file)
-    except (OSError, EOFError, zlib.error) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DamagedFile(f"cannot read {file.path}: {error}") from error
+    except OSError as error:
         raise UserError(f"cannot read {file.path}: {error}") from error
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_yulan.data.rows import BadRow, Document, token_ids
+from titan_yulan.data.rows import BadRow, DamagedFile, Document, token_ids
 from titan_yulan.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -55,14 +55,15 @@ def read_megatron(name: str, path: Path) -> Iterator[Document | BadRow]:
         path: the .bin file.
 
     Raises:
-        UserError: one of the two files is missing, damaged or cut short, or they do not belong together.
+        DamagedFile: one of the two files is damaged or cut short, or they do not belong together.
+        UserError: the index is of another version, or the data are no token ids.
         OSError: one of them cannot be read.
     """
     index = read_index(index_path(path))
     size = path.stat().st_size
     described = int(index.lengths.sum(dtype=np.int64)) * index.dtype.itemsize
     if size != described:
-        raise UserError(
+        raise DamagedFile(
             f"{path} has {size:,} bytes, but its index {index_path(path).name} describes {described:,}: one of them is "
             "cut short, or they do not belong together"
         )
@@ -80,15 +81,16 @@ def read_index(path: Path) -> Index:
     """Open an .idx file and check that it is whole and consistent.
 
     Raises:
-        UserError: it is of another format or version, cut short, or its numbers contradict each other.
+        DamagedFile: it is of another format, cut short, or its numbers contradict each other.
+        UserError: it is of another version, or the data are no token ids.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
     if header[: len(_MAGIC)] != _MAGIC:
-        raise UserError(f"{path} is no index of a Megatron-LM data set: it does not begin with MMIDIDX")
+        raise DamagedFile(f"{path} is no index of a Megatron-LM data set: it does not begin with MMIDIDX")
     if len(header) < _HEADER.size:
-        raise UserError(f"{path} is cut short: its header needs {_HEADER.size} bytes, it has {len(header)}")
+        raise DamagedFile(f"{path} is cut short: its header needs {_HEADER.size} bytes, it has {len(header)}")
     _, version, code, sequences, entries = _HEADER.unpack(header)
     if version != 1:
         raise UserError(f"{path} has version {version} of Megatron-LM's index format: only version 1 is known")
@@ -97,7 +99,7 @@ def read_index(path: Path) -> Index:
         raise UserError(f"{path} says that its data has the type code {code}: token ids are whole numbers (1-5 or 8)")
     size, needed = path.stat().st_size, _HEADER.size + 12 * sequences + 8 * entries
     if size not in (needed, needed + sequences):
-        raise UserError(
+        raise DamagedFile(
             f"{path} has {size:,} bytes, but {sequences:,} sequences and {entries:,} document indices need {needed:,}: "
             "it is damaged or cut short"
         )
@@ -112,17 +114,17 @@ def read_index(path: Path) -> Index:
 def _check(path: Path, index: Index) -> None:
     documents = index.documents
     if not (documents.size and documents[0] == 0 and documents[-1] == index.lengths.size):
-        raise UserError(f"{path} is damaged: its document indices do not go from 0 to the number of sequences")
+        raise DamagedFile(f"{path} is damaged: its document indices do not go from 0 to the number of sequences")
     for start in range(0, documents.size, _BLOCK):
         if np.any(np.diff(documents[start : start + _BLOCK + 1]) < 0):
-            raise UserError(f"{path} is damaged: its document indices do not increase")
+            raise DamagedFile(f"{path} is damaged: its document indices do not increase")
     place = 0  # sequences stand one after the other: a document is one stretch of the file
     for start in range(0, index.lengths.size, _BLOCK):
         lengths = index.lengths[start : start + _BLOCK].astype(np.int64)
         ends = place + np.cumsum(lengths) * index.dtype.itemsize
         begins = ends - lengths * index.dtype.itemsize
         if np.any(lengths < 0) or np.any(index.pointers[start : start + _BLOCK] != begins):
-            raise UserError(f"{path} is damaged: its sequences do not stand one after the other")
+            raise DamagedFile(f"{path} is damaged: its sequences do not stand one after the other")
         place = int(ends[-1])
 
 

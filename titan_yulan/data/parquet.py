@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from titan_yulan.data.rows import KEYS, BadRow, Document, parse_row
+from titan_yulan.data.rows import KEYS, BadRow, DamagedFile, Document, parse_row
 from titan_yulan.errors import UserError
 
 METADATA = "-metadata.json"
-_ROWS = 1000  # rows that are in memory at a time
+_ROWS = 100  # rows that are in memory at a time: a document may have megabytes
 _BUFFER = 1 << 20  # bytes of each column's pages that are read at a time
 
 
@@ -35,8 +35,8 @@ def read_parquet(name: str, path: Path, columns: Sequence[str] = ()) -> Iterator
         columns: further columns whose values `Document.columns` shall hold.
 
     Raises:
-        UserError: the file cannot be read, has no column that gives documents or lacks one of `columns`, or the
-            metadata file beside it cannot be read or has other counts.
+        DamagedFile: its content cannot be read, or the metadata file beside it cannot be read or has other counts.
+        UserError: it cannot be opened, has no column that gives documents, or lacks one of `columns`.
     """
     file = _open(path)
     there = file.schema_arrow.names
@@ -55,7 +55,9 @@ def read_parquet(name: str, path: Path, columns: Sequence[str] = ()) -> Iterator
             except ValueError as error:
                 yield BadRow(f"{name}:{number}", str(error))
     if expected is not None and number != expected.size:
-        raise UserError(f"{path} has {number:,} rows, but {_metadata_of(path).name} counts {expected.size:,} documents")
+        raise DamagedFile(
+            f"{path} has {number:,} rows, but {_metadata_of(path).name} counts {expected.size:,} documents"
+        )
 
 
 def _metadata_of(path: Path) -> Path:
@@ -81,14 +83,13 @@ def _expected_counts(path: Path) -> np.ndarray | None:
         counts = np.array([entry["num_tokens"] for entry in content["metadata"]], np.int64)
         total = int(content["total_tokens_num"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(
+        raise DamagedFile(
             f'{file} is damaged ({error!r}): it needs "total_tokens_num" and a list "metadata" of {{"num_tokens": n}}. '
             f"Correct it, or remove it to read {path.name} unchecked"
         ) from None
     if total != counts.sum():
-        raise UserError(
-            f"{file} contradicts itself: total_tokens_num is {total:,}, its entries sum to {counts.sum():,}"
-        )
+        summed = counts.sum()
+        raise DamagedFile(f"{file} contradicts itself: total_tokens_num is {total:,}, its entries sum to {summed:,}")
     return counts
 
 
@@ -98,7 +99,7 @@ def _check_counts(path: Path, rows: Sequence[Any], start: int, expected: np.ndar
     differing = np.flatnonzero(lengths[: expected.size - start] != expected[start : start + lengths.size])
     if differing.size:
         row = int(differing[0])
-        raise UserError(
+        raise DamagedFile(
             f"{path}, row {start + row + 1}, has {lengths[row]:,} tokens, but {_metadata_of(path).name} counts "
             f"{expected[start + row]:,}: they do not belong together, or one of them is damaged"
         )
@@ -115,7 +116,12 @@ def _open(path: Path) -> Any:
         # Buffered, else the whole row group would be in memory: it may be the whole file.
         return pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path} as Parquet: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    elsewhere = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+    return (UserError if elsewhere else DamagedFile)(f"cannot read {path} as Parquet: {error}")
 
 
 def _batches(path: Path, file: Any, columns: Sequence[str]) -> Iterator[Any]:
@@ -125,7 +131,7 @@ def _batches(path: Path, file: Any, columns: Sequence[str]) -> Iterator[Any]:
     try:
         yield from file.iter_batches(_ROWS, columns=list(columns), use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path} as Parquet: {error}") from error
+        raise _unreadable(path, error) from error
 
 
 def _column_values(column: Any) -> list[Any]:

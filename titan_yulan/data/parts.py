@@ -91,8 +91,8 @@ def open_parts(output: Path) -> Parts:
     recipes = _recipes(output)
     if not recipes:
         raise UserError(
-            f"there is no part in {parts}: run 'titan-yulan data prepare ... --output {output} --part i/n' for i = 1 to "
-            "n first"
+            f"there is no part in {parts}: first run 'titan-yulan data prepare ... --output {output} --part i/n' "
+            "for i = 1 to n"
         )
     if len({(number_of, recipe.fingerprint) for _, number_of, recipe, _ in recipes}) > 1:
         found = ", ".join(f"{number}/{number_of}" for number, number_of, _, _ in recipes)

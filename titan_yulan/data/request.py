@@ -100,7 +100,7 @@ def make_recipe(
     hold_out = HoldOut.choose(files, validation_share)
     rule = [hold_out.by, hold_out.share, *(options[key] for key in sorted(options))]
     with ThreadPoolExecutor(_READERS) as readers:
-        hashes = readers.map(_file_fingerprint, [file.path for file in files])
+        hashes = readers.map(_fingerprints, files)
         contents = [[file.name, file.kind, *content] for file, content in zip(files, hashes, strict=True)]
     content = json.dumps([FORMAT_VERSION, tokenizer.fingerprint, rule, contents])
     return Recipe(
@@ -134,6 +134,10 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]] | None:
         return None
     fields["inputs"] = tuple(fields["inputs"])
     return Recipe(**fields), content
+
+
+def _fingerprints(file: InputFile) -> list[tuple[int, str]]:
+    return [_file_fingerprint(path) for path in file.paths]
 
 
 def _file_fingerprint(path: Path) -> tuple[int, str]:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from titan_yulan.errors import UserError
+
 _PAIRS = (("question", "answer"), ("instruction", "input", "output"))
 KEYS = ("input_ids", "messages", "text", "question", "answer", "instruction", "input", "output")
 _ROLES = ("system", "user", "assistant", "tool")
@@ -49,6 +51,10 @@ class BadRow:
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
+
+
+class DamagedFile(UserError):
+    """The content of an input file cannot be read, or contradicts the file beside it; other files may be sound."""
 
 
 def parse_row(row: Any, columns: Sequence[str] = ()) -> Document:

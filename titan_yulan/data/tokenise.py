@@ -11,8 +11,7 @@ import json
 import math
 import re
 import shutil
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from titan_yulan.data.documents import InputFile, read_documents
 from titan_yulan.data.request import Recipe
-from titan_yulan.data.rows import BadRow, Document
+from titan_yulan.data.rows import BadRow, DamagedFile, Document
 from titan_yulan.data.storage import sync_files
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.data.unit import NUMBER, STRING, STRING_BYTES, UnitCounts, UnitWriter, finished_counts, unit_folder
@@ -50,16 +49,12 @@ class TokeniseJob:
     fail_on_bad_row: bool
 
 
-class _DamagedFile(Exception):
-    """The content of a file breaks off or makes no sense; what was read of it before is worth nothing."""
-
-
 def group_files(files: Sequence[InputFile]) -> list[Unit]:
     """Neighbouring files in groups of at most 4 MiB, larger files alone."""
     groups: list[list[InputFile]] = []
     sizes: list[int] = []
     for file in files:
-        size = file.path.stat().st_size
+        size = sum(path.stat().st_size for path in file.paths)
         if not groups or sizes[-1] + size > _GROUP_BYTES:
             groups.append([])
             sizes.append(0)
@@ -118,7 +113,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarra
 def _tokenise_file(job: TokeniseJob, file: InputFile, writer: UnitWriter) -> None:
     mark = writer.mark()
     try:
-        for number, document in enumerate(_read(file, job.recipe.columns), start=1):
+        for number, document in enumerate(read_documents(file, job.recipe.columns), start=1):
             try:
                 if isinstance(document, BadRow):
                     _count_bad_row(job, writer.counts, document)
@@ -128,7 +123,7 @@ def _tokenise_file(job: TokeniseJob, file: InputFile, writer: UnitWriter) -> Non
                     _tokenise_document(job, file, document, writer)
             except ValueError as error:
                 _count_bad_row(job, writer.counts, BadRow(f"{file.name}, document {number}", str(error)))
-    except _DamagedFile as error:
+    except DamagedFile as error:
         if job.fail_on_bad_row:
             raise UserError(f"{error}: replace the file, or leave such files out with --on-bad-row skip") from error
         writer.roll_back(mark)
@@ -155,26 +150,6 @@ def _tokenise_document(job: TokeniseJob, file: InputFile, document: Document, wr
             writer.counts.short += 1
         else:
             writer.add(ids, loss_mask, len(piece.text.encode()), held_out, value, key)
-
-
-def _read(file: InputFile, columns: Sequence[str]) -> Iterator[Document | BadRow]:
-    """The documents of a file.
-
-    Raises:
-        _DamagedFile: its content cannot be read.
-        UserError: something else is wrong, which leaving out the file would only hide (a missing right or package, a
-            failing disk).
-    """
-    try:
-        yield from read_documents(file, columns)
-    except zlib.error as error:
-        raise _DamagedFile(f"cannot read {file.path}: {error}") from error
-    except UserError as error:
-        cause = error.__cause__
-        elsewhere = isinstance(cause, ImportError | MemoryError | FileNotFoundError)
-        if cause is None or elsewhere or getattr(cause, "errno", None) is not None:
-            raise
-        raise _DamagedFile(str(error)) from error
 
 
 def _normalised(document: Document) -> Document:

@@ -59,7 +59,8 @@ class Work:
             if source.made_from.get("request_fingerprint") != self.recipe.fingerprint:
                 raise UserError(
                     f"{source.path} holds a source made from other inputs, options or tokenizer (name {source.name!r}, "
-                    f"inputs {source.made_from.get('inputs')}): delete {path} to make it anew, or choose another output"
+                    f"inputs {source.made_from.get('inputs')}): delete the folder {path} to make it anew, or choose "
+                    "another output"
                 )
         return sources
 

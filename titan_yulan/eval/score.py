@@ -20,17 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titan_yulan.checkpoint.layout import MANIFEST, hash_file, open_checkpoint
 from titan_yulan.data.annotate import Counts, Job, annotate
 from titan_yulan.data.documents import find_inputs
 from titan_yulan.data.rows import Document
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.eval.load import load_decoder
+from titan_yulan.eval.open_model import in_precision, open_model
 from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
 from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.model import Decoder
-from titan_yulan.parallel.fsdp import is_replicated
 
 _LARGEST_LOSS = 700.0  # the exponential of a little more is no float64
 
@@ -75,17 +73,17 @@ class Scorer:
         for part, total in zip(ids, sums.tolist(), strict=True):
             if isinstance(part, str):
                 results.append(part)
-            elif not total / len(part) < _LARGEST_LOSS:  # nor if it is no number
-                raise RunError(
-                    f"the model gives a loss of {total / len(part)}: is its checkpoint of a run that failed?"
-                )
-            else:
-                results.append({"perplexity": math.exp(total / len(part)), "tokens": len(part)})
+                continue
+            loss = total / len(part)
+            if not loss < _LARGEST_LOSS:  # nor if it is no number
+                raise RunError(f"the model gives a loss of {loss}: is its checkpoint that of a run that failed?")
+            results.append({"perplexity": math.exp(loss), "tokens": len(part)})
         return results
 
     def _ids(self, document: Document) -> np.ndarray | str:
         if document.token_ids is None:
-            return np.array(self.tokenizer.encode(document.text), dtype=np.int64)
+            ids = np.array(self.tokenizer.encode(document.text), dtype=np.int64)
+            return ids if len(ids) else "the tokenizer makes nothing of its text"
         largest = int(document.token_ids.max())
         if largest >= self.tokenizer.vocab_size:
             return f"token id {largest} is outside the vocabulary of {self.tokenizer.vocab_size}"
@@ -127,13 +125,6 @@ class Scorer:
         return self.decoder(on_device[0], head=head)
 
 
-def in_compute_precision(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> Decoder:
-    """The decoder on a device, in the types of a training step: matrices in `dtype`, scalars and norms in float32."""
-    for name, parameter in decoder.named_parameters():
-        parameter.data = parameter.data.to(device, parameter.dtype if is_replicated(name) else dtype)
-    return decoder.eval()
-
-
 def score(
     run: Path,
     inputs: Sequence[str],
@@ -150,38 +141,30 @@ def score(
     Of several ranks (torchrun's RANK and WORLD_SIZE), rank r scores files r, r + WORLD_SIZE, ...
 
     Args:
-        run: run folder or checkpoint folder; the model computes in the precision that it was trained in.
-        context: tokens of a window; None: the sequence length that the checkpoint was trained with.
+        run: run folder, checkpoint folder, or folder of a Hugging Face Llama model; it computes in the precision of
+            its training, or in that of its files.
+        context: tokens of a window; None: the length of the rows that it was trained with.
         device: cpu, cuda or cuda:N; None: this rank's GPU where there is one.
 
     Raises:
         UserError: the request is wrong, or an input cannot be read.
-        RunError: the checkpoint is missing or damaged, the disk is full, or a loss is not finite.
+        RunError: the model is missing or damaged, the disk is full, or a loss is not finite.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     files = find_inputs(inputs)[rank::world]
     place = _device(device)
-    checkpoint = open_checkpoint(run)
-    decoder, config = load_decoder(checkpoint.path)
-    phase = next(phase for phase in config.phases if phase.name == checkpoint.state().phase)
-    context = phase.sequence_length if context is None else context
-    longest = max(config.model.max_position_embeddings, phase.sequence_length)
-    if not 1 <= context <= longest or batch_tokens < 1:
-        raise UserError(f"--context must be from 1 to {longest} for this model, --batch-tokens at least 1")
-    tokenizer = Tokenizer.load(config.tokenizer.path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{config.tokenizer.path} has {tokenizer.vocab_size} entries, the model in {run} has "
-            f"{config.model.vocab_size}: it was not trained with this vocabulary"
-        )
+    model = open_model(run)
+    context = model.context if context is None else context
+    if not 1 <= context <= model.longest or batch_tokens < 1:
+        raise UserError(f"--context must be from 1 to {model.longest} for this model, --batch-tokens at least 1")
     request = {
-        "model": hash_file(checkpoint.path / MANIFEST),
-        "tokenizer": tokenizer.fingerprint,
+        "model": model.fingerprint,
+        "tokenizer": model.tokenizer.fingerprint,
         "context": context,
-        "precision": phase.parallel.compute_dtype,
+        "precision": model.precision,
     }
-    decoder = in_compute_precision(decoder, getattr(torch, phase.parallel.compute_dtype), place)
-    job = Job(output, request, Scorer(decoder, tokenizer, context, batch_tokens), on_bad_row == "fail")
+    decoder = in_precision(model.decoder, getattr(torch, model.precision), place)
+    job = Job(output, request, Scorer(decoder, model.tokenizer, context, batch_tokens), on_bad_row == "fail")
     prefix = f"rank {rank}: " if world > 1 else ""
     return annotate(files, job, 1, lambda line: say(f"{prefix}{line}"))
 

@@ -11,11 +11,12 @@ rate, the longer rows of the last two phases. `base.toml` and `mini.toml` are wr
 from __future__ import annotations
 
 import csv
-import re
 from collections import defaultdict
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
+
+from titan_yulan.config.mix_file import source_name as key
 
 FOLDER = Path(__file__).resolve().parent
 DATA_ROOT = "data/yulan_mini"
@@ -48,11 +49,6 @@ rope_theta = 490000.0
 # a seventh of the rows, seven times as long: the same 4,128,768 tokens a step
 batch = { global_batch_size = 144, micro_batch_size = 3 }
 """
-
-
-def key(source: str) -> str:
-    """The name of a source in the configuration and on disk; `source` is its path in the recipes."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", source.replace("/", "-"))
 
 
 def read_mixes() -> dict[str, dict[str, str]]:
