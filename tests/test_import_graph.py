@@ -27,6 +27,7 @@ ORDER = (
     "monitor",
     "eval",
     "plan",
+    "inputs",
     "learner",
     "train",
     "launch",

@@ -104,7 +104,9 @@ def _data_verbs(verbs) -> None:
     prepare = _verb(data, "prepare", "turn text into a source", _data_prepare)
     prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose")
     prepare.add_argument("--name", required=True)
-    prepare.add_argument("--tokenizer", required=True, help="tiktoken vocabulary file, or a tokenizer.json or its folder")
+    prepare.add_argument(
+        "--tokenizer", required=True, help="tiktoken vocabulary file, or a tokenizer.json or its folder"
+    )
     prepare.add_argument("--output", required=True)
     prepare.add_argument("--validation-output", help="folder of the held-out part")
     prepare.add_argument("--validation-share", type=float, default=0.0)

@@ -25,7 +25,7 @@ from typing import Any
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.layout import Checkpoint
-from titan_yulan.checkpoint.resume import Resume, check_data, check_model, check_resume, make_plan, run_folder
+from titan_yulan.checkpoint.resume import Resume, check_data, check_resume, check_start, make_plan, run_folder
 from titan_yulan.config.model import count_parameters
 from titan_yulan.config.sections import RecoverySection, RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
@@ -91,8 +91,9 @@ def _launch(
         check_sources_there(config)
     plan = make_plan(config, checkpoint)
     resume = check_resume(config, plan, checkpoint, allow_changes)
-    if checkpoint is None and config.phases[0].start_from:
-        check_model(config, layout.open_checkpoint(Path(config.phases[0].start_from)), allow_changes)
+    if checkpoint is None:
+        for line in check_start(config, allow_changes):
+            print(line)
     degrees = check_layout(plan, start, resume.step)
     _say_plan(path, config, plan, degrees, start, machine, resume, folder)
     if resume.complete:

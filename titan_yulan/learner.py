@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_yulan.checkpoint import store
+from titan_yulan.checkpoint.hugging_face import HuggingFaceFolder
+from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
@@ -26,6 +28,7 @@ from titan_yulan.objective.forward import forward
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate, step_unless
 from titan_yulan.optimizer.guard import Guard
+from titan_yulan.optimizer.rebalance import rebalance
 from titan_yulan.parallel import process
 from titan_yulan.parallel.compile import compile_loss
 from titan_yulan.parallel.degrees import resolve_degrees
@@ -109,6 +112,20 @@ class Learner:
                 tensor.zero_()
             self._say(f"recovery.spike_window: {checkpoint.path} holds no window of this length; it begins empty")
         store.load(checkpoint, tensors, self.world.host)
+
+    @torch.no_grad()
+    def load_pretrained(self, folder: HuggingFaceFolder) -> None:
+        """Take the weights of a folder in Hugging Face's format, beside moments of zero; all ranks together.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        load_hugging_face(folder, self.tensors()["model"], self.world.host)
+
+    def rebalance(self, rms: float) -> None:
+        """Give every matrix with a scalar one magnitude (`optimizer.rebalance`); all ranks together."""
+        reshard(self.decoder)
+        rebalance(self.decoder, self.optimizer, rms)
 
     def train_step(
         self, step: int, batches: list[Batch], between: Callable[[str], None] = lambda what: None

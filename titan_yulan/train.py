@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import platform
 import traceback
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +28,11 @@ import torch.distributed as dist
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.layout import Checkpoint, TrainerState, open_checkpoint, remove_leftovers, step_folder
+from titan_yulan.checkpoint.hugging_face import is_hugging_face, open_hugging_face
+from titan_yulan.checkpoint.layout import Checkpoint, open_checkpoint, remove_leftovers, step_folder
 from titan_yulan.checkpoint.resume import (
-    check_data,
-    check_model,
     check_resume,
+    check_start,
     make_plan,
     mixture_history,
     run_folder,
@@ -43,13 +41,11 @@ from titan_yulan.checkpoint.saver import Saver
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Duration
 from titan_yulan.curriculum.controller import MixtureController
+from titan_yulan.curriculum.ledger import ledger, ledger_lines
 from titan_yulan.curriculum.plan import PhasePlan
-from titan_yulan.data.source import Source
-from titan_yulan.data.tape import Tape, open_tape
-from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError, explain_os_error
 from titan_yulan.eval.generate import generate
-from titan_yulan.eval.validation import HeldOutRows
+from titan_yulan.inputs import RunInputs
 from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.learner import Learner
 from titan_yulan.monitor.events import append_event
@@ -63,6 +59,7 @@ from titan_yulan.parallel.launched import DEVICE_VARIABLE, STOP_FILE
 from titan_yulan.parallel.nodes import StepTimes, check_nodes
 from titan_yulan.parallel.process import World
 from titan_yulan.parallel.stopping import StopRequests
+from titan_yulan.plan.curriculum import repetitions, source_uses
 
 # After the model is built anew, compiling is no surprise for so many steps.
 _COMPILING_STEPS = 2
@@ -107,34 +104,31 @@ class Trainer:
         dist.barrier(group=world.host)  # nothing on the devices before they were looked at
         check_nodes(world, self.say)
         self.saver = Saver(self.folder / "checkpoints", world, config.checkpoint, partial(self._tell, "checkpoint"))
-        self.tokenizer = Tokenizer.load(Path(config.tokenizer.path))
         checkpoint = self._newest_checkpoint()
         self.plan = make_plan(config, checkpoint)
         self.controller = MixtureController(self.plan)
-        self.tapes = {self.plan.sources.index(name): open_tape(config, name) for name in config.sources_to_read}
+        self.inputs = RunInputs(config, self.plan)
         self.resume = check_resume(config, self.plan, checkpoint, allow_changes)
         for notice in self.resume.notices:
             self.say(notice)
         self.step = self.resume.step
         self.recovery = Recovery(config.recovery, self.plan, self.folder, world.is_main)
         self.recovery.recall(world)
-        self._open_held_out()
         self.compilations, self.step_times = CompileWatch(), StepTimes(world)
         self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say)
         self._build(self.plan.phase_at(self.step))
-        self.fingerprints = {self.plan.sources[i]: tape.source.fingerprint for i, tape in self.tapes.items()}
         if checkpoint is not None:
-            check_data(checkpoint, self.fingerprints, self.tokenizer.fingerprint, allow_changes)
-        elif config.phases[0].start_from:
-            start = open_checkpoint(Path(config.phases[0].start_from))
-            if damage := store.find_damage_together(start, world, config.checkpoint.verify):
-                raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
-            check_model(config, start, allow_changes)
-            check_data(start, self.fingerprints, self.tokenizer.fingerprint, allow_changes)
-            self.fingerprints = {**start.state().sources, **self.fingerprints}
+            self.inputs.carry_on(checkpoint, allow_changes)
+        elif start_from := config.phases[0].start_from:
+            for notice in check_start(config, allow_changes):
+                self.say(notice)
+            if not is_hugging_face(start_from):
+                start = open_checkpoint(Path(start_from))
+                if damage := store.find_damage_together(start, world, config.checkpoint.verify):
+                    raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
+                self.inputs.carry_on(start, allow_changes)
         self._restore(checkpoint)
         if checkpoint is not None:
-            self.fingerprints = {**checkpoint.state().sources, **self.fingerprints}
             line = f"resumed from {checkpoint.path}: step {self.step} of {self.plan.end.step}"
             self._tell("resume", line, step=self.step, ranks=world.size)
         elif config.phases[0].start_from:
@@ -161,13 +155,6 @@ class Trainer:
         self.say(f"kernels: {'Triton' if triton else 'plain PyTorch'} on {self.world.device.type}")
         return kernels
 
-    def _open_held_out(self) -> None:
-        paths = {i: self.config.data.sources[self.plan.sources[i]].validation_path for i in self.tapes}
-        self.held_out_tapes = {i: Tape(Source.open(Path(path)), seed=0) for i, path in paths.items() if path}
-        # one length for the whole run, so that the losses of all phases can be compared
-        length = self.config.phases[0].sequence_length
-        self.held_out = HeldOutRows(self.held_out_tapes, self.config.eval.rows, length)
-
     def _build(self, phase: PhasePlan) -> None:
         self.watchdog.beat("building the model")
         self.learner.build(phase)
@@ -182,7 +169,9 @@ class Trainer:
             self.recovery.resume(checkpoint.state().skipped)
         else:
             self.recovery.resume(())
-            if start:
+            if is_hugging_face(start):
+                self.learner.load_pretrained(open_hugging_face(start))
+            elif start:
                 self.learner.load(open_checkpoint(Path(start)))
         self.step = self.plan.phases[0].start.step if checkpoint is None else checkpoint.step
         self.saved_step = self.step
@@ -226,7 +215,7 @@ class Trainer:
 
     def _train_steps(self, phase: PhasePlan, until: int) -> None:
         """Train up to step `until`, through rows that are known."""
-        with self.learner.loader(self.step, self.tapes, until) as loader:
+        with self.learner.loader(self.step, self.inputs.tapes, until) as loader:
             for batches in loader:
                 if self.recovery.leaves_out(self.step + 1):
                     values = self.learner.leave_out(self.step, batches)
@@ -258,6 +247,11 @@ class Trainer:
                 self.learner.load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
         self.learner.set_rope_theta(phase)
         self.recorder.phase_begins(phase, self.step)
+        for line in repetitions(phase, source_uses(phase, self.inputs.sizes)):
+            self.say(f"note: {line}")
+        if (rms := phase.section.rebalance_rms) is not None and self.step == phase.start.step:
+            self.learner.rebalance(rms)  # again after a restart from this very step, whose checkpoint is of before
+            self.say(f"re-balanced: every matrix with a scalar has the root mean square {rms:g}")
 
     def _poll(self, what: str) -> None:
         """Tell the watchdog that the run goes on, and ask all ranks whether one was asked to stop. At the run's end
@@ -323,7 +317,7 @@ class Trainer:
         """Also when a request to stop has cut off the validation before this start."""
         first, last = self.plan.phases[0].start.step, self.plan.end.step
         due = self.step in (first, last) or self._due(self.config.eval.every)
-        if not due or not self.held_out.batch_rows:
+        if not due or not self.inputs.held_out.batch_rows:
             return
         self.recorder.flush()
         if self.world.agree(int(self.recorder.has_validation(self.step))):
@@ -334,7 +328,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Measure and record the losses of the held-out parts, by source."""
         with self.watchdog.patient("validation"):
-            sums, tokens = self.learner.validate(self.held_out, self.held_out_tapes, between=self._poll)
+            sums, tokens = self.learner.validate(self.inputs.held_out, self.inputs.held_out_tapes, between=self._poll)
             losses = self.recorder.validation(self.step, sums, tokens)
         self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
         return losses
@@ -362,26 +356,13 @@ class Trainer:
         self.recorder.sync()
         self._check_records()  # a line that could not be written must not lie behind a checkpoint
         phase = self._last_phase()
-        position = self.plan.position(self.step)
-        tapes = phase.tapes(position.row - phase.start.row)
-        first = self.plan.phases[0]
-        state = TrainerState(
-            step=self.step,
-            row=position.row,
-            token=position.token,
-            phase=phase.name,
-            phase_finished=self.step == phase.end.step,
-            tapes=dict(zip(self.plan.sources, tapes, strict=True)),
-            sources=self.fingerprints,
-            tokenizer=self.tokenizer.fingerprint,
-            versions={"torch": torch.__version__, "python": platform.python_version()},
-            origin={**asdict(first.start), "tapes": dict(zip(self.plan.sources, first.tape_start, strict=True))},
-            skipped=self.recovery.skipped,
-            mixture_history=[entry.to_json() for entry in self.plan.history_until(phase, position.row)],
-        )
+        state = self.inputs.state_after(phase, self.step, self.recovery.skipped)
         with self.watchdog.patient(f"saving step {self.step}"):
             self.saver.save(self.learner.tensors(), state, configuration.to_toml(self.config))
         self.saved_step = self.step
+        if state.phase_finished:
+            for line in ledger_lines(phase, ledger(self.plan, self.step, self.inputs.sizes)):
+                self.say(line)
         self.recorder.pause_ends()
 
     def _join_saver(self) -> None:
@@ -391,18 +372,19 @@ class Trainer:
     def close(self, outcome: str) -> None:
         """The sampled continuation of a finished run, the last words, and the record's end."""
         if outcome == "finished" and self.config.eval.prompt:
+            tokenizer = self.inputs.tokenizer
             with self.watchdog.patient("the sample at the end"):
                 ids = generate(
                     self.learner.decoder,
-                    self.tokenizer.encode(self.config.eval.prompt),
+                    tokenizer.encode(self.config.eval.prompt),
                     new_tokens=self.config.eval.new_tokens,
-                    eos_id=self.tokenizer.eos_id,
-                    vocab_size=self.tokenizer.vocab_size,
+                    eos_id=tokenizer.eos_id,
+                    vocab_size=tokenizer.vocab_size,
                     context=self.plan.phases[-1].sequence_length,
                     seed=self.config.run.seed,
                     device=self.world.device,
                 )
-            self.recorder.sample(self.step, self.config.eval.prompt, self.tokenizer.decode(ids))
+            self.recorder.sample(self.step, self.config.eval.prompt, tokenizer.decode(ids))
         self.recorder.close(outcome)
         if self.world.is_main:
             write_status(self.folder, outcome, 0 if outcome == "finished" else 75, step=self.step)

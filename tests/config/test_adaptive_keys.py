@@ -59,7 +59,7 @@ def test_one_table_serves_all_phases_and_one_may_differ(tmp_path: Path) -> None:
 
 
 def test_groups_hold_what_is_mixed() -> None:
-    groups = {"en": ("en-*",), "zh": ("zh-1", "zh-2"), "none": ("x",)}
+    groups: dict[str, tuple[str, ...]] = {"en": ("en-*",), "zh": ("zh-1", "zh-2"), "none": ("x",)}
     mixed = ["en-2", "en-1", "zh-1", "code"]
     assert adaptive_groups(AdaptiveSection(groups=groups), mixed) == {"en": ("en-2", "en-1")}
     assert adaptive_groups(AdaptiveSection(), mixed) == {"all": tuple(mixed)}

@@ -70,6 +70,8 @@ def test_prepared_sources_do_not_need_their_text(folder: Path) -> None:
     assert ensure(make_config(both(text=()))) == []
     warnings = ensure(make_config(both(text=("gone/*.txt",))))
     assert [line.split(" is ")[0] for line in warnings] == [f"WARNING: data.sources.{n}.text" for n in ("cats", "dogs")]
+    (warning,) = ensure(make_config({"cats": section("cats", order="keep")}))
+    assert "cats.order is 'keep', but made/cats was made with 'shuffle' and is used as it is" in warning
 
 
 def test_only_what_is_missing_is_made(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def make_rows(count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> str:
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return str(path)
 
@@ -65,7 +67,7 @@ def test_topics_of_new_documents_are_found_in_both_scripts(model: Path, tmp_path
 
 
 def test_what_it_is_not_sure_of_is_others(model: Path, tmp_path: Path) -> None:
-    rows = [{"text": "court verdict appeal statute"}, {"text": "nothing of the kind"}, {"input_ids": [1]}]  # type: ignore[dict-item]
+    rows = [{"text": "court verdict appeal statute"}, {"text": "nothing of the kind"}, {"input_ids": [1]}]
     arguments = ["--model", model, "--output", tmp_path / "out", "--minimum-probability", "0.8", "--workers", "1"]
     assert label("apply", *arguments, write(tmp_path / "new.jsonl", rows)) == 0
     labelled = [json.loads(line) for line in (tmp_path / "out" / "new.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tests.data.making import content, documents, make
 from titan_yulan.data import tokenise
 from titan_yulan.data.arrange import running_sums
+from titan_yulan.data.jsonl import piece_lines
 from titan_yulan.data.parts import own_units
 from titan_yulan.data.prepare import merge
 from titan_yulan.data.source import Source
@@ -74,6 +76,7 @@ def test_any_request_whole_and_in_parts(files: list, options: dict[str, Any], pa
         return
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenise, "_GROUP_BYTES", 300)
+        patch.setattr(tokenise, "_PIECE_BYTES", 400)
         folder = Path(name)
         inputs = write_rows(folder / "in", files)
         report = make(inputs, folder / "whole", **options)
@@ -114,6 +117,18 @@ def test_running_sums(items: list[tuple[int, int]], totals: list[int]) -> None:
         assert found == totals[group]
         totals[group] += amount
     assert after.tolist() == totals
+
+
+@given(
+    lines=st.lists(st.binary(max_size=5).map(lambda line: line.replace(b"\n", b"")), max_size=8), size=st.integers(1, 9)
+)
+def test_every_line_is_in_one_piece(lines: list[bytes], size: int) -> None:
+    content = b"\n".join(lines)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        pieces = [list(piece_lines(Path(file.name), start, start + size)) for start in range(0, len(content), size)]
+    assert [line for piece in pieces for line in piece] == io.BytesIO(content).readlines()
 
 
 @given(units=st.integers(0, 50), parts=st.integers(1, 60))

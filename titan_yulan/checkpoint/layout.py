@@ -45,6 +45,7 @@ class TrainerState:
     sources, tokenizer: fingerprints of the data that the position refers to.
     origin: where the run's own first phase began (step, row, token, tapes); not zero after `[phase] start_from`.
     skipped: steps whose rows were read but not trained on, in order; a step that is in the future is left out then.
+    ledger: what was read of every source up to this position (`curriculum.ledger`).
     mixture_history: the changes of the mix up to this position (`curriculum.adaptive.Adjustment.to_json`).
     """
 
@@ -59,6 +60,7 @@ class TrainerState:
     versions: dict[str, str]
     origin: dict[str, Any]
     skipped: list[int] = field(default_factory=list)
+    ledger: dict[str, dict[str, Any]] = field(default_factory=dict)
     mixture_history: list[dict[str, Any]] = field(default_factory=list)
 
 

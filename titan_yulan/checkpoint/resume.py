@@ -9,6 +9,7 @@ from pathlib import Path
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.hugging_face import check_hugging_face, is_hugging_face, open_hugging_face
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.sections import RunConfig
@@ -72,12 +73,13 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
-    """The plan of a run: from its own origin if it has a checkpoint, else from `start_from`, else from zero."""
+    """The plan of a run: from its own origin if it has a checkpoint, else from where the checkpoint of `start_from` was
+    (a Hugging Face folder has no place in a stream), else from zero."""
     start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
         plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
-    elif start_from:
+    elif start_from and not is_hugging_face(start_from):
         if refusal := refuse_address(start_from):
             raise UserError(f"phase.start_from: {refusal}")
         state = layout.open_checkpoint(Path(start_from)).state()
@@ -226,6 +228,20 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     if name not in present:
         return False  # a phase file may name only the phases up to its own
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
+
+
+def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[str]:
+    """What `[phase] start_from` names, if it does, must be there and of this model; returns lines to print.
+
+    Raises:
+        UserError: it is not; RunError among them where there is no complete checkpoint.
+    """
+    start_from = config.phases[0].start_from
+    if is_hugging_face(start_from):
+        return check_hugging_face(config, open_hugging_face(start_from), allow_changes)
+    if start_from:
+        check_model(config, layout.open_checkpoint(Path(start_from)), allow_changes)
+    return []
 
 
 def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[str] = ()) -> None:

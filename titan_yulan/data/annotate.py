@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from titan_yulan.data.documents import InputFile, read_documents
+from titan_yulan.data.report import Say
 from titan_yulan.data.rows import BadRow, Document
 from titan_yulan.data.storage import explain_full_disk, locked, write_atomic
 from titan_yulan.data.workers import ordered_map
@@ -29,10 +30,10 @@ from titan_yulan.errors import UserError
 
 # The new columns of each document, or why it can have none.
 Compute = Callable[[Sequence[Document]], list[dict[str, Any] | str]]
-Say = Callable[[str], None]
 
 _BLOCK = 512  # rows
 _SHOWN = 5
+_SAY_EVERY = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Job:
     """What is done to every file.
 
     request: all that decides the new columns, for JSON; an output that was made by another request is refused.
-    compute: picklable where several processes share the files.
+    compute, say: picklable where several processes share the files; `say` gets progress lines.
     """
 
     output: Path
     request: Mapping[str, Any]
     compute: Compute
+    say: Say
     fail_on_bad_row: bool = False
 
 
@@ -69,12 +71,20 @@ class Counts:
         return f"{self.documents:,} documents{skipped if self.bad_rows or self.empty else ''}"
 
 
-def annotate(files: Sequence[InputFile], job: Job, workers: int, say: Say) -> Counts:
-    """Annotate every file, in `workers` processes.
+class _Progress:
+    """Lines for people, not too many."""
 
-    Args:
-        files: from `documents.find_inputs`.
-        say: gets a line for each file, and the total with the first bad rows.
+    def __init__(self, say: Say) -> None:
+        self._say, self._said = say, time.perf_counter()
+
+    def __call__(self, line: str) -> None:
+        if time.perf_counter() - self._said > _SAY_EVERY:
+            self._said = time.perf_counter()
+            self._say(line)
+
+
+def annotate(files: Sequence[InputFile], job: Job, workers: int) -> Counts:
+    """Annotate every file of `documents.find_inputs`, in `workers` processes; says the total and the first bad rows.
 
     Raises:
         UserError: an input cannot be read, an output would replace an input, is of another request, or two inputs
@@ -90,35 +100,38 @@ def annotate(files: Sequence[InputFile], job: Job, workers: int, say: Say) -> Co
         names = sorted(str(target) for target in targets.values())
         twice = next(name for name, following in pairwise(names) if name == following)
         raise UserError(f"two inputs would be written to {twice}: give them separate outputs")
-    total, start = Counts(), time.perf_counter()
+    total, there, progress, start = Counts(), 0, _Progress(job.say), time.perf_counter()
     with explain_full_disk(job.output):
-        results = ordered_map(functools.partial(_annotate_file, job), files, workers)
-        for file, (counts, seconds) in zip(files, results, strict=True):
+        for number, (counts, is_new) in enumerate(
+            ordered_map(functools.partial(_annotate_file, job), files, workers), start=1
+        ):
             total.add(counts)
-            say(f"{targets[file]}: {counts}" + (" (there already)" if seconds is None else f", {seconds:.1f} s"))
-    say(f"{len(files)} files: {total}, {time.perf_counter() - start:.1f} s")
+            there += not is_new
+            progress(f"{job.output}: {number:,} of {len(files):,} files, {total.documents:,} documents")
+    already = f" ({there:,} of the files were there already)" if there else ""
+    job.say(f"{job.output}: {len(files):,} files, {total}, {time.perf_counter() - start:.1f} s{already}")
     for row in total.shown:
-        say(f"    {row}")
+        job.say(f"    {row}")
     return total
 
 
-def _annotate_file(job: Job, file: InputFile) -> tuple[Counts, float | None]:
-    """The counts of one file and the seconds it took; None if it was there already."""
+def _annotate_file(job: Job, file: InputFile) -> tuple[Counts, bool]:
+    """The counts of one file, and whether it was not there already."""
     target = job.output / _output_name(file)
     record = job.output / ".done" / f"{_output_name(file)}.json"
     for path in (target, record):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(record.with_suffix(".lock"), functools.partial(print, flush=True)):
+    with locked(record.with_suffix(".lock"), job.say):
         made_from = {"request": dict(job.request), "bytes": file.path.stat().st_size}
         if target.exists() and record.exists():
             done = json.loads(record.read_bytes())
             _compare(target, record, done["made_from"], json.loads(json.dumps(made_from)))
-            return Counts(**done["counts"]), None
-        start, counts = time.perf_counter(), Counts()
+            return Counts(**done["counts"]), False
+        counts = Counts()
         write_atomic(target, functools.partial(_write, job, file, counts))
         content = json.dumps({"made_from": made_from, "counts": vars(counts)}).encode()
         write_atomic(record, lambda opened: opened.write(content))
-        return counts, time.perf_counter() - start
+        return counts, True
 
 
 def _compare(target: Path, record: Path, done: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -152,7 +165,7 @@ def _write(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) -> None:
 
 
 def _write_jsonl(job: Job, file: InputFile, counts: Counts, opened: BinaryIO | gzip.GzipFile) -> None:
-    documents = read_documents(file)
+    documents, progress = read_documents(file), _Progress(job.say)
     lines = _lines(file) if file.kind == "jsonl" else None
     while block := list(islice(documents, _BLOCK)):
         raw = list(islice(lines, len(block))) if lines is not None else [None] * len(block)
@@ -160,13 +173,14 @@ def _write_jsonl(job: Job, file: InputFile, counts: Counts, opened: BinaryIO | g
             line = raw[place]
             row = _as_row(document) if line is None else json.loads(line)
             opened.write(json.dumps(row | columns, ensure_ascii=False).encode() + b"\n")
+        progress(f"{file.name}: {counts} so far")
 
 
 def _write_parquet(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    documents = read_documents(file)
+    documents, progress = read_documents(file), _Progress(job.say)
     writer = None
     try:
         source = pyarrow.parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
@@ -181,6 +195,7 @@ def _write_parquet(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) 
                 table = table.append_column(name, values) if there is None else table.set_column(there, name, values)
             writer = writer or pyarrow.parquet.ParquetWriter(opened, table.schema)
             writer.write_table(table)
+            progress(f"{file.name}: {counts} so far")
         writer = writer or pyarrow.parquet.ParquetWriter(opened, source.schema_arrow)  # no rows at all
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {file.path} as Parquet: {error}") from error

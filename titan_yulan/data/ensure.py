@@ -42,12 +42,8 @@ def ensure_prepared(config: RunConfig, say: Say = say_now) -> list[str]:
     tokenizer = _ensure_tokenizer(config, say_and_keep)
     for name, section in config.data.sources.items():
         if _is_complete(section):
-            made_from = Source.open(section.path).made_from.get("inputs")
-            if section.text and made_from != list(section.text):
-                say_and_keep(
-                    f"WARNING: data.sources.{name}.text is {list(section.text)}, but {section.path} was made from "
-                    f"{made_from} and is used as it is; delete that folder to make it anew"
-                )
+            for line in _other_wishes(name, section):
+                say_and_keep(line)
         else:
             for line in _prepare_source(name, section, tokenizer, say_and_keep):
                 say_and_keep(line)
@@ -66,18 +62,38 @@ def _is_complete(section: SourceSection) -> bool:
     return _is_source(section.path) and (not section.validation_path or _is_source(section.validation_path))
 
 
+def _other_wishes(name: str, section: SourceSection) -> list[str]:
+    """A warning for each key that says how to make a source otherwise than it was made."""
+    if not section.text:
+        return []
+    made_from = Source.open(section.path).made_from
+    wanted = {
+        "text": ("inputs", list(section.text)),
+        "order": ("order", section.order),
+        "minimum_tokens": ("minimum_tokens", section.minimum_tokens),
+        "deduplicate": ("deduplicate", section.deduplicate),
+    }
+    return [
+        f"WARNING: data.sources.{name}.{key} is {value!r}, but {section.path} was made with {made_from[made]!r} and is "
+        "used as it is; delete that folder to make it anew"
+        for key, (made, value) in wanted.items()
+        if made in made_from and made_from[made] != value
+    ]
+
+
 def _check_can_be_there(name: str, section: SourceSection, tokenizer_path: str) -> None:
     if section.text:
         return
     for key, option in (("path", "--output"), ("validation_path", "--validation-output")):
         path = getattr(section, key)
         if path and not _is_source(path):
-            share = f" --validation-share {section.validation_share}" if key == "validation_path" else ""
+            more = f" --validation-share {section.validation_share}" if key == "validation_path" else ""
+            more += f" --order={section.order}" if section.order != "shuffle" else ""
             output = "" if option == "--output" else f"--output {section.path} "
             raise UserError(
                 f"data.sources.{name}.{key}: there is no prepared source at {path}, and data.sources.{name}.text does "
                 f"not say what to make it from. Set text, or run: titan-yulan data prepare --name {name} --tokenizer "
-                f"{tokenizer_path} {output}{option} {path}{share} INPUT..."
+                f"{tokenizer_path} {output}{option} {path}{more} INPUT..."
             )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ import numpy as np
 from titan_yulan.data import hashing
 from titan_yulan.data.annotate import Counts, Job, annotate
 from titan_yulan.data.documents import find_inputs, read_documents
+from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.rows import BadRow, Document
 from titan_yulan.data.storage import sha256_file, write_atomic
 from titan_yulan.data.workers import default_workers
@@ -130,7 +131,7 @@ def train(
     held_out_share: float = 0.1,
     epochs: int = 5,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    say: Say = say_now,
 ) -> Classifier:
     """Train on rows that have text and a topic, and write the model; says how well it does on rows held out.
 
@@ -267,7 +268,7 @@ def apply(
     minimum_probability: float = 0.0,
     workers: int | None = None,
     on_bad_row: Literal["skip", "fail"] = "skip",
-    say: Callable[[str], None] = print,
+    say: Say = say_now,
 ) -> Counts:
     """Write every input file into `output`, with the columns `topic` and `topic_probability` (see `data.annotate`).
 
@@ -284,5 +285,5 @@ def apply(
         raise UserError(f"--minimum-probability {minimum_probability}: from 0 to 1")
     labeller = Labeller(Classifier.load(model), minimum_probability)
     request = {"classifier": sha256_file(model), "minimum_probability": minimum_probability}
-    job = Job(output, request, labeller, on_bad_row == "fail")
-    return annotate(find_inputs(inputs), job, workers or default_workers(), say)
+    job = Job(output, request, labeller, say, on_bad_row == "fail")
+    return annotate(find_inputs(inputs), job, workers or default_workers())

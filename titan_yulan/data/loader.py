@@ -93,8 +93,8 @@ def read_rows(plan: RowPlan, tapes: Tapes, numbers: np.ndarray, size: int) -> Ba
 
 
 class Loader:
-    """Iterates over the steps of a phase from `first_step` to `last_step` (None: its end); each item is the list of this
-    rank's micro-batches of one step.
+    """Iterates over the steps of a phase from `first_step` to `last_step` (None: its end); each item is this
+    rank's micro-batches of one step, a list.
 
     `waited` is how many seconds the consumer waited for the last item. Close it (or use `with`) to end its thread.
     """

@@ -11,13 +11,14 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from titan_yulan.data.documents import InputFile, read_documents
+from titan_yulan.data.jsonl import parse_lines, piece_lines
 from titan_yulan.data.request import Recipe
 from titan_yulan.data.rows import BadRow, DamagedFile, Document
 from titan_yulan.data.storage import sync_files
@@ -26,17 +27,19 @@ from titan_yulan.data.unit import NUMBER, STRING, STRING_BYTES, UnitCounts, Unit
 from titan_yulan.errors import UserError
 
 _GROUP_BYTES = 4 * 2**20
+_PIECE_BYTES = 64 * 2**20
 _IDEOGRAPHIC_SPACE = "\u3000"
 _SAFE_NAME = re.compile(r"\w([\w.+ -]{0,58}[\w+-])?")
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A group of input files; `index` is its place in the input, `size` its bytes."""
+    """A group of input files, or a piece of one; `index` is its place in the input, `size` its bytes."""
 
     index: int
     files: tuple[InputFile, ...]
     size: int
+    piece: tuple[int, int] | None = None  # of the one file: the lines that begin in these bytes
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,20 @@ class TokeniseJob:
 
 
 def group_files(files: Sequence[InputFile]) -> list[Unit]:
-    """Neighbouring files in groups of at most 4 MiB, larger files alone."""
-    groups: list[list[InputFile]] = []
-    sizes: list[int] = []
+    """Neighbouring files in groups of at most 4 MiB; larger files alone, lines of JSON in pieces of 64 MiB."""
+    units: list[Unit] = []
     for file in files:
         size = sum(path.stat().st_size for path in file.paths)
-        if not groups or sizes[-1] + size > _GROUP_BYTES:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append(file)
-        sizes[-1] += size
-    return [Unit(index, tuple(group), size) for index, (group, size) in enumerate(zip(groups, sizes, strict=True))]
+        last = units[-1] if units else None
+        if last and not last.piece and last.size + size <= _GROUP_BYTES:
+            units[-1] = replace(last, files=(*last.files, file), size=last.size + size)
+        elif size > _PIECE_BYTES and file.path.suffix == ".jsonl":
+            for start in range(0, size, _PIECE_BYTES):
+                end = min(size, start + _PIECE_BYTES)
+                units.append(Unit(len(units), (file,), end - start, (start, end)))
+        else:
+            units.append(Unit(len(units), (file,), size))
+    return units
 
 
 def tokenise_unit(job: TokeniseJob, unit: Unit) -> UnitCounts:
@@ -79,7 +85,7 @@ def tokenise_unit(job: TokeniseJob, unit: Unit) -> UnitCounts:
     try:
         with UnitWriter(temporary, job.recipe) as writer:
             for file in unit.files:
-                _tokenise_file(job, file, writer)
+                _tokenise_file(job, file, unit.piece, writer)
         (temporary / "unit.json").write_text(json.dumps(asdict(writer.counts)))
         sync_files(temporary)
         temporary.rename(final)
@@ -110,10 +116,11 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarra
     return ids, np.repeat(trained, [len(part) for part in encoded])
 
 
-def _tokenise_file(job: TokeniseJob, file: InputFile, writer: UnitWriter) -> None:
+def _tokenise_file(job: TokeniseJob, file: InputFile, piece: tuple[int, int] | None, writer: UnitWriter) -> None:
     mark = writer.mark()
+    name = f"{file.name}, from byte {piece[0]}" if piece else file.name
     try:
-        for number, document in enumerate(read_documents(file, job.recipe.columns), start=1):
+        for number, document in enumerate(_read(name, file, piece, job.recipe.columns), start=1):
             try:
                 if isinstance(document, BadRow):
                     _count_bad_row(job, writer.counts, document)
@@ -122,12 +129,18 @@ def _tokenise_file(job: TokeniseJob, file: InputFile, writer: UnitWriter) -> Non
                 else:
                     _tokenise_document(job, file, document, writer)
             except ValueError as error:
-                _count_bad_row(job, writer.counts, BadRow(f"{file.name}, document {number}", str(error)))
+                _count_bad_row(job, writer.counts, BadRow(f"{name}, document {number}", str(error)))
     except DamagedFile as error:
         if job.fail_on_bad_row:
             raise UserError(f"{error}: replace the file, or leave such files out with --on-bad-row skip") from error
         writer.roll_back(mark)
         writer.counts.bad_files.append(f"{file.name}: {error}")
+
+
+def _read(
+    name: str, file: InputFile, piece: tuple[int, int] | None, columns: Sequence[str]
+) -> Iterator[Document | BadRow]:
+    return parse_lines(name, piece_lines(file.path, *piece), columns) if piece else read_documents(file, columns)
 
 
 def _tokenise_document(job: TokeniseJob, file: InputFile, document: Document, writer: UnitWriter) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from titan_yulan.data.annotate import Counts, Job, annotate
 from titan_yulan.data.documents import find_inputs
+from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.rows import Document
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
@@ -134,7 +135,7 @@ def score(
     batch_tokens: int = 16384,
     device: str | None = None,
     on_bad_row: Literal["skip", "fail"] = "skip",
-    say: Callable[[str], None] = print,
+    say: Say = say_now,
 ) -> Counts:
     """Write every input file into `output`, with the columns `perplexity` and `tokens` (see `data.annotate`).
 
@@ -164,9 +165,10 @@ def score(
         "precision": model.precision,
     }
     decoder = in_precision(model.decoder, getattr(torch, model.precision), place)
-    job = Job(output, request, Scorer(decoder, model.tokenizer, context, batch_tokens), on_bad_row == "fail")
+    scorer = Scorer(decoder, model.tokenizer, context, batch_tokens)
     prefix = f"rank {rank}: " if world > 1 else ""
-    return annotate(files, job, 1, lambda line: say(f"{prefix}{line}"))
+    job = Job(output, request, scorer, lambda line: say(f"{prefix}{line}"), on_bad_row == "fail")
+    return annotate(files, job, workers=1)
 
 
 def _device(name: str | None) -> torch.device:
