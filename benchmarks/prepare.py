@@ -9,8 +9,8 @@ repetitions, so that no two are equal. Both sides take the same vocabulary, trai
 tokens is checked. Ours also shuffles across all files, hashes and syncs what it wrote. Each run is a process of its
 own, timed from its start to its end, ours and theirs in turn, and the best of `--times` counts. Processor seconds, of
 the process and all it started, say more than the clock where others use the machine too. Memory is the largest sum of
-the resident memory of all processes of a run, looked at 20 times a second (memory that processes share counts for each).
-The input that is ten times larger has as many files, ten times as long.
+the resident memory of all processes of a run, looked at 20 times a second; what processes share counts for each. The
+input that is ten times larger has as many files, ten times as long.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ rows = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=ca
 begin = time.perf_counter()
 made = rows.map(tokenise, batched=True, num_proc=workers, remove_columns=rows.column_names)
 seconds = time.perf_counter() - begin
-tokens = sum(chunk.values.length() for chunk in made.data.column("input_ids").chunks)
+tokens = sum(len(chunk.flatten()) for chunk in made.data.column("input_ids").chunks)
 print(json.dumps([tokens, seconds]))
 """
 
@@ -155,13 +155,15 @@ def resident(root: int) -> int:
 def measure(command: list[str]) -> tuple[Run, str]:
     """A run without its tokens, and its standard output."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    start, peak, ended = time.perf_counter(), 0, 0
+    start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, env={**os.environ, "PYTHONPATH": str(ROOT), **offline})
-        while not ended:
+        while True:
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
+                break
             peak = max(peak, resident(process.pid))
             time.sleep(0.05)
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)

@@ -14,7 +14,7 @@ import pytest
 
 from titan_yulan import config
 from titan_yulan.config.adaptive import adaptive_groups
-from titan_yulan.config.model import count_parameters
+from titan_yulan.config.model import ModelConfig, count_parameters
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import Plan
 
@@ -158,3 +158,31 @@ def test_the_small_run_has_a_topic_with_hardly_any_rows() -> None:
     start, adapt = small.phases
     assert start.mix["code"] == 0.9 and adapt.mix["code"] == 0.02 and adapt.adaptive.every is not None
     assert all(source.validation_path for source in small.data.sources.values())
+
+
+def test_the_preset_is_the_model_of_the_published_config_json(curriculum: RunConfig) -> None:
+    published = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 128256,
+    }
+    assert ModelConfig.from_published(published) == curriculum.model

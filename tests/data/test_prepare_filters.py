@@ -100,14 +100,13 @@ def test_a_parquet_file_with_bad_rows_and_a_cut_one(tmp_path: Path) -> None:
 
 def test_a_bad_row_of_a_large_file_is_found_by_byte_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("titan_yulan.data.tokenise._PIECE_BYTES", 100)
-    rows = [json.dumps({"text": f"document {row:02d}"}) for row in range(12)]  # 24 bytes and a line feed each
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join([*rows[:9], "broken", *rows[9:11], json.dumps({"input_ids": [EOS + 1]})])
-    )
+    rows = [json.dumps({"text": f"document {row:02d}"}) for row in range(12)]  # 23 bytes and a line feed each
+    lines = [*rows[:9], "broken", *rows[9:11], json.dumps({"input_ids": [EOS + 1]})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
     report = make(str(tmp_path / "a.jsonl"), tmp_path / "out", order="keep")
     assert documents(Source.open(tmp_path / "out")) == [f"document {row:02d}" for row in range(11)]
-    assert "a.jsonl, from byte 200:2: not JSON" in report.shown_bad_rows[0]
-    assert "a.jsonl, from byte 200, document 5: 'input_ids' holds 257" in report.shown_bad_rows[1]
+    assert "a.jsonl, from byte 200:1: not JSON" in report.shown_bad_rows[0]
+    assert "a.jsonl, from byte 200, document 4: 'input_ids' holds 257" in report.shown_bad_rows[1]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])

@@ -74,6 +74,7 @@ name = "anneal"
 length = "8 steps"
 sequence_length = 96
 rope_theta = 49000
+rebalance_rms = 0.02
 batch = { global_batch_size = 4, micro_batch_size = 1 }
 mix = { code = 0.4, math = 0.4, prose = 0.2 }
 lr = { shape = "1-sqrt", from = 1.0, to = 0.0, over = "8 steps" }

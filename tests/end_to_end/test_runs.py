@@ -18,6 +18,7 @@ from titan_yulan.checkpoint.layout import find_checkpoints
 from titan_yulan.monitor.metrics import read_status
 
 STEPS = 38
+PHASES = ("stable", "mix", "anneal")
 
 
 @pytest.fixture
@@ -45,6 +46,17 @@ def test_reference_has_one_line_per_step_and_learns(reference):
     first, last = validations(reference)[0], validations(reference)[-1]
     assert last["step"] == STEPS
     assert all(last["validation_loss"][name] < loss - 0.4 for name, loss in first["validation_loss"].items())
+
+
+def test_the_ledger_is_what_the_steps_read(reference):
+    state = find_checkpoints(reference / "checkpoints")[-1].state()
+    lines = metrics(reference)
+    for name, entry in state.ledger.items():
+        read = {phase: sum(line["source_tokens"][name] for line in lines if line["phase"] == phase) for phase in PHASES}
+        assert entry["tokens"] == state.tapes[name] == sum(read.values())
+        assert entry["phase_tokens"] == read["anneal"] == 96 * entry["phase_rows"]
+        assert entry["rows"] == (read["stable"] + read["mix"]) // 48 + entry["phase_rows"]
+        assert 0 < entry["epochs"] < 1
 
 
 def test_the_same_command_on_a_complete_run_ends_at_once(reference, start, run):

@@ -120,14 +120,16 @@ def merge(output: Path | str, *, workers: int | None = None, say: Say = say_now)
     output = Path(output)
     start = time.perf_counter()
     if (merged := _merged_before(output)) is not None:
-        return report_sources(merged[0].name, {"training": merged}, [], time.perf_counter() - start, reused=True)
+        name = merged[0].name.removesuffix("/" + merged[0].made_from["value"])
+        return report_sources(name, {"training": merged}, [], time.perf_counter() - start, reused=True)
     parts = open_parts(output)
     work = Work(parts.recipe, _outputs(output, parts.validation_output), workers or default_workers(), say)
     with _exclusively(work):
         report = _reused(work, start)
         if not report:
+            units = parts.whole()
             work.resume_or_reset()
-            report = _finish(work, parts.whole(), start)
+            report = _finish(work, units, start)
         work.partial("training").mkdir(exist_ok=True)
         parts.folder.rename(work.partial("training") / "parts")  # at once, then at leisure
         work.remove_partial()
