@@ -35,6 +35,7 @@ def make_config(sources: dict[str, SourceSection], *, vocab_size: int = 300, mod
         tokenizer=TokenizerSection(path="made/t.tiktoken", train_vocab_size=vocab_size),
         data=DataSection(sources=sources),
         model=SimpleNamespace(vocab_size=model_vocab_size),
+        sources_to_read=tuple(sources),
     )
 
 

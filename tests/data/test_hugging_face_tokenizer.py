@@ -91,6 +91,25 @@ def test_interface(folder: Path, tokenizer: Tokenizer, peer: Any) -> None:
             tokenizer.decode([1, token_id])
 
 
+def test_a_tokenizer_that_marks_blanks_and_has_no_pattern(tmp_path: Path) -> None:
+    """As LLaMA's: a mark before each word and each text, no pre-tokens, bytes where a character is unknown."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    normalizers = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    core.normalizer = tokenizers.normalizers.Sequence(normalizers)
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False)
+    core.train_from_iterator(TEXT.splitlines(), trainer)
+    path = tmp_path / "tokenizer.json"
+    core.save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="</s>")
+    for text in ("", " ", "the file </s> is </s>", "  two  blanks", TEXT, "\U0001f600 <0x41>"):
+        ids = tokenizer.encode(text)
+        assert ids == peer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.eos_id not in ids
+
+
 @pytest.mark.parametrize("unit", [" ", "a", "日"])
 def test_long_texts_are_encoded_whole(tokenizer: Tokenizer, peer: Any, unit: str) -> None:
     text = unit * (150_000 // len(unit))

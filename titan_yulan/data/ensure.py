@@ -37,10 +37,12 @@ def ensure_prepared(config: RunConfig, say: Say = say_now) -> list[str]:
         lines.append(line)
         say(line)
 
-    for name, section in config.data.sources.items():
+    # those that only finished phases mixed may be gone
+    sections = {name: config.data.sources[name] for name in config.sources_to_read}
+    for name, section in sections.items():
         _check_can_be_there(name, section, config.tokenizer.path)
     tokenizer = _ensure_tokenizer(config, say_and_keep)
-    for name, section in config.data.sources.items():
+    for name, section in sections.items():
         if _is_complete(section):
             for line in _other_wishes(name, section):
                 say_and_keep(line)

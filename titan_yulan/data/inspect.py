@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from titan_yulan.data.report import LeftOut
 from titan_yulan.data.source import Source
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
@@ -40,13 +41,15 @@ def inspect_source(
         f"fingerprint  {source.fingerprint}",
         f"tokenizer    {source.tokenizer_fingerprint}, {source.vocab_size:,} entries, end of text {source.eos_id}",
         f"made from    {', '.join(source.made_from['inputs'])} ({source.made_from['input_files']:,} files, "
-        f"{source.made_from['part']} part, {source.made_from['bad_rows']:,} bad rows skipped)",
+        f"{source.made_from['part']} part)",
         f"tokens       {source.tokens:,} as {source.dtype.name} in {len(source.shards)} shards"
         + _order(source)
         + (", with a loss mask" if source.has_loss_mask else ""),
         f"documents    {source.documents:,}, of {int(lengths.min())} to {int(lengths.max()):,} tokens, "
         f"median {int(np.median(lengths))}, mean {source.tokens / source.documents:.0f}",
     ]
+    if left_out := str(LeftOut.read(source.made_from)):
+        lines.append(f"skipped      {left_out}, on both sides together")
     if source.text_bytes:
         lines.append(f"text         {source.text_bytes:,} bytes, {source.text_bytes / source.tokens:.2f} a token")
     lines.append(f"files        {'all hashes are right' if verify else 'sizes are right, hashes not checked'}")

@@ -41,6 +41,12 @@ class LeftOut:
             ideographic_spaces=sum(unit.ideographic_spaces for unit in counts),
         )
 
+    @classmethod
+    def read(cls, made_from: Mapping[str, Any]) -> LeftOut:
+        """From a source's `made_from`; what another program left out of it counts as nothing."""
+        counts = {key: made_from.get(key, 0) for key in cls.__dataclass_fields__ if key != "bad_files"}
+        return cls(**counts, bad_files=tuple(made_from.get("bad_files", ())))
+
     def __str__(self) -> str:
         counts = {
             "bad rows": self.bad_rows,
@@ -116,10 +122,8 @@ def report_sources(
         reused: was all there before.
     """
     training, validation = sources["training"], sources.get("validation", ())
-    made_from = training[0].made_from
     return Report(
-        **{key: made_from[key] for key in LeftOut.__dataclass_fields__ if key != "bad_files"},
-        bad_files=tuple(made_from["bad_files"]),
+        **asdict(LeftOut.read(training[0].made_from)),
         name=name,
         documents=sum(source.documents for source in training),
         tokens=sum(source.tokens for source in training),

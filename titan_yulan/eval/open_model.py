@@ -70,7 +70,9 @@ def _open_hugging_face(path: Path) -> TrainedModel:
     folder = open_hugging_face(path)
     if absent := sorted(parameter_shapes(folder.model).keys() - folder.tensors.keys()):
         raise UserError(f"{path} lacks {len(absent)} tensors of the model in its {CONFIG}, such as {absent[0]}")
-    decoder = Decoder(folder.model)
+    with torch.device("meta"):  # random values for billions of weights would take minutes
+        decoder = Decoder(folder.model)
+    decoder.to_empty(device="cpu")
     load_hugging_face(folder, dict(decoder.named_parameters()))
     files = sorted({path / CONFIG, *(tensor.file for tensor in folder.tensors.values())})
     hashes = "".join(hash_file(file) for file in files)

@@ -1,4 +1,4 @@
-"""A run that begins with a Hugging Face folder and re-balances at its second phase.
+"""A run that begins with YuLan-Mini's format and re-balances at its second phase.
 
 The learning rate is zero, so that what the checkpoints hold is what was loaded, and what re-balancing made of it.
 """
@@ -21,14 +21,14 @@ RMS = 0.05
 PHASES = f"""
 [[curriculum]]
 name = "first"
-length = "3 steps"
+length = "1 steps"
 sequence_length = 48
 start_from = "{{weights}}"
 mix = {{ code = 0.5, math = 0.5 }}
 lr = {{ shape = "constant", from = 0.0, to = 0.0 }}
 [[curriculum]]
 name = "second"
-length = "2 steps"
+length = "1 steps"
 sequence_length = 96
 rebalance_rms = {RMS}
 mix = {{ math = 0.5, prose = 0.5 }}
@@ -41,13 +41,8 @@ def test_a_run_begins_with_published_weights_and_rebalances(tmp_path: Path, smal
     config = harness.write_small_config(tmp_path, small_data, tmp_path / "outputs", phases=phases)
     loaded = configuration.load(config).config
     published = write_yulan(weights, loaded.model)
-    refused = harness.train(config, 2, "--model.rms_norm_eps=1e-5")
-    assert refused.code == 2 and "  rms_norm_eps = 1e-06  # found 1e-05\n" in refused.output
-    assert "kernels:" not in refused.output  # before any worker was started
-
-    result = harness.train(config, 2)
+    result = harness.train(config, 1)
     assert result.code == 0, result.output
-    assert f"started from {weights}" in result.output
     assert "re-balanced: every matrix with a scalar has the root mean square 0.05" in result.output
     run = tmp_path / "outputs" / "small"
     first, last = find_checkpoints(run / "checkpoints")
