@@ -213,7 +213,10 @@ def _plan(options: argparse.Namespace):
     from titan_yulan.checkpoint.resume import make_plan, run_folder
 
     config = _load(options, options.config).config
-    return make_plan(config, newest_readable(run_folder(config) / "checkpoints", print))
+    checkpoint, start = newest_readable(run_folder(config) / "checkpoints", print), config.phases[0].start_from
+    if checkpoint is None and start and not Path(start).exists():
+        print(f"phase.start_from: there is no {start} yet; planned from step 0, as from a Hugging Face folder")
+    return make_plan(config, checkpoint)
 
 
 def _train(options: argparse.Namespace) -> int:

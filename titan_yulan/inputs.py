@@ -42,7 +42,7 @@ class RunInputs:
         self.sizes = {plan.sources[i]: tape.source.tokens for i, tape in self.tapes.items()}
         self.fingerprints = {plan.sources[i]: tape.source.fingerprint for i, tape in self.tapes.items()}
         paths = {i: config.data.sources[plan.sources[i]].validation_path for i in self.tapes}
-        self.held_out_tapes = {i: Tape(Source.open(Path(path)), seed=0) for i, path in paths.items() if path}
+        self.held_out_tapes = {i: _held_out_tape(path) for i, path in paths.items() if path}
         # one length for the whole run, so that the losses of all phases can be compared
         length = config.phases[0].sequence_length
         self.held_out = HeldOutRows(self.held_out_tapes, config.eval.rows, length)
@@ -76,3 +76,8 @@ class RunInputs:
             ledger=ledger_json(ledger(plan, step, self.sizes)),
             mixture_history=[entry.to_json() for entry in plan.history_until(phase, position.row)],
         )
+
+
+def _held_out_tape(path: str) -> Tape:
+    # shuffled, or the first rows of a part that is sorted by perplexity would be its easiest documents
+    return Tape(Source.open(Path(path)), seed=0, shuffle=True)

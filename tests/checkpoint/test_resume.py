@@ -13,7 +13,14 @@ from tests.checkpoint.making import make_checkpoint, make_state
 from tests.curriculum.making import configuration, phase, segment
 from titan_yulan import config as configuration_package
 from titan_yulan.checkpoint.layout import Checkpoint
-from titan_yulan.checkpoint.resume import Resume, check_data, check_resume, make_plan, run_folder
+from titan_yulan.checkpoint.resume import (
+    Resume,
+    check_data,
+    check_resume,
+    check_start,
+    make_plan,
+    run_folder,
+)
 from titan_yulan.config.model import PRESETS
 from titan_yulan.config.sections import (
     AdaptiveSection,
@@ -277,7 +284,17 @@ def test_a_run_in_an_object_store_is_refused_by_the_key(path: str) -> None:
         run_folder(replace(config, run=replace(config.run, output_dir=path)))
     config = configuration(replace(PHASES[0], start_from=path))
     with pytest.raises(UserError, match=r"phase\.start_from: .*:// addresses are not supported"):
-        make_plan(config, None)
+        check_start(config)
+
+
+def test_a_start_that_is_not_there_can_be_planned_but_not_begun() -> None:
+    config = configuration(replace(PHASES[0], start_from="gone"))
+    assert make_plan(config, None).phases[0].start == Position(0, 0, 0)
+    with pytest.raises(
+        UserError, match=r"phase\.start_from: there is no gone; it names a checkpoint, a run folder or"
+    ):
+        check_start(config)
+    assert check_start(configuration(PHASES[0])) == []
 
 
 PRINTS = {"code": "fingerprint of code", "math": "fingerprint of math"}

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from titan_yulan import config
+from titan_yulan import cli, config
 from titan_yulan.config.adaptive import adaptive_groups
 from titan_yulan.config.model import ModelConfig, count_parameters
 from titan_yulan.config.sections import RunConfig
@@ -186,3 +186,9 @@ def test_the_preset_is_the_model_of_the_published_config_json(curriculum: RunCon
         "vocab_size": 128256,
     }
     assert ModelConfig.from_published(published) == curriculum.model
+
+
+def test_the_plan_needs_neither_data_nor_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(FOLDER / "curriculum.toml"), "--gpus", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "stage1 (its mix follows perplexities every" in out and "planned from step 0" in out and "512 x 8,192" in out and "0 of them prepared" in out

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from titan_yulan.data import annotate as annotate_module
 from titan_yulan.data.annotate import Counts, Job, annotate
 from titan_yulan.data.documents import find_inputs, read_documents
 from titan_yulan.data.rows import Document
@@ -49,6 +50,29 @@ def test_a_parquet_file_without_good_rows_gives_one_without_rows(tmp_path: Path)
     assert (counts.documents, counts.bad_rows, counts.empty) == (0, 2, 1)
     [file] = find_inputs([str(tmp_path / "out")])
     assert list(read_documents(file)) == []
+
+
+def test_a_parquet_file_is_written_in_large_groups_and_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{i:04d}" * 20 for i in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    for size, groups in ((1 << 26, 1), (100_000, 2)):
+        monkeypatch.setattr(annotate_module, "_ROW_GROUP", size)
+        run(tmp_path / "a.parquet", tmp_path / str(size))
+        written = pyarrow.parquet.ParquetFile(tmp_path / str(size) / "a.parquet")
+        assert written.num_row_groups == groups and written.read()["text"].to_pylist() == texts
+        assert set(written.read()["length"].to_pylist()) == {80}
+
+
+def test_a_metadata_file_that_counts_more_rows_is_named(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"input_ids": [[1, 2], [3]]}), tmp_path / "part-1.parquet")
+    entries = [{"num_tokens": 2}, {"num_tokens": 1}, {"num_tokens": 4}]
+    metadata = json.dumps({"total_tokens_num": 7, "metadata": entries})
+    (tmp_path / "part-1-metadata.json").write_text(metadata)
+    with pytest.raises(UserError, match=r"2 rows, but .* counts 3 documents"):
+        run(tmp_path / "part-1.parquet", tmp_path / "out")
+    assert not (tmp_path / "out" / "part-1.parquet").exists()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])

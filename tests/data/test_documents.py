@@ -263,6 +263,20 @@ def test_a_truncated_parquet_file_is_named_whatever_is_missing(tmp_path: Path) -
             read(path)
 
 
+def test_a_parquet_file_of_one_row_group_streams(tmp_path: Path) -> None:
+    path, rows = tmp_path / "a.parquet", 10_000
+    generator = random.Random(0)
+    table = pyarrow.table({"text": [generator.randbytes(2000).hex() for _ in range(rows)]})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+    size = table.nbytes
+    del table
+    before, most = pyarrow.total_allocated_bytes(), 0
+    for number, _ in enumerate(read_documents(find_inputs([str(path)])[0])):
+        if number % 50 == 0:
+            most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert 0 < most < size / 3
+
+
 def test_paths_with_pattern_characters_are_read_as_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "a[1]*"
     folder.mkdir()

@@ -61,24 +61,27 @@ def test_interrupted_anywhere_gives_the_same_bytes(
 PREPARE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from titan_yulan.data import prepare as module, tokenise
+from titan_yulan.data import assemble, prepare as module, tokenise
 from titan_yulan.data.tokenizer import Tokenizer
 tokenise._GROUP_BYTES = 2000
-original = tokenise.sync_files
-def die(folder):  # in a worker, with its files written but not in place
-    if folder.name.startswith("00004"):
+def die(folder, *shard):  # in a worker, with the unit's files written but not in place, or before a shard is written
+    if folder.name == "00004.tmp" or shard[:1] == (3,):
         os.kill(os.getpid() if sys.argv[3] == "worker" else os.getppid(), signal.SIGKILL)
-    original(folder)
-tokenise.sync_files = die
+    original(folder, *shard)
+if sys.argv[4] == "units":
+    original, tokenise.sync_files = tokenise.sync_files, die
+else:
+    original, assemble.write_shard = assemble.write_shard, die
 tokenizer = Tokenizer({bytes([value]): value for value in range(256)})
-module.prepare("test", [sys.argv[1]], sys.argv[2], tokenizer, workers=2, shard_tokens=1000)
+module.prepare("test", [sys.argv[1]], sys.argv[2], tokenizer, workers=2, shard_tokens=1000, minimum_tokens=0)
 """
 
 
+@pytest.mark.parametrize("half", ["units", "shards"])
 @pytest.mark.parametrize("victim", ["worker", "parent"])
-def test_killed_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str) -> None:
+def test_killed_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str, half: str) -> None:
     inputs = write_files(tmp_path / "in")
-    command = [sys.executable, "-c", PREPARE_AND_DIE, inputs, str(tmp_path / "b"), victim]
+    command = [sys.executable, "-c", PREPARE_AND_DIE, inputs, str(tmp_path / "b"), victim, half]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert not (tmp_path / "b").exists()
     if victim == "worker":
@@ -86,7 +89,9 @@ def test_killed_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim
     else:
         assert run.returncode == -signal.SIGKILL
     monkeypatch.setattr(tokenise, "_GROUP_BYTES", 2000)
-    make(inputs, tmp_path / "b", shard_tokens=1000)
+    lines: list[str] = []
+    make(inputs, tmp_path / "b", shard_tokens=1000, say=lines.append)
+    assert "going on" in lines[0]
     make(inputs, tmp_path / "a", shard_tokens=1000)
     assert content(tmp_path / "a") == content(tmp_path / "b")
 

@@ -74,14 +74,12 @@ def run_folder(config: RunConfig) -> Path:
 
 def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     """The plan of a run: from its own origin if it has a checkpoint, else from where the checkpoint of `start_from` was
-    (a Hugging Face folder has no place in a stream), else from zero."""
+    (a Hugging Face folder has no place in a stream, nor has one that is still to come), else from zero."""
     start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
         plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
-    elif start_from and not is_hugging_face(start_from):
-        if refusal := refuse_address(start_from):
-            raise UserError(f"phase.start_from: {refusal}")
+    elif start_from and Path(start_from).exists() and not is_hugging_face(start_from):
         state = layout.open_checkpoint(Path(start_from)).state()
         plan = Plan(config, Position(state.step, state.row, state.token), state.tapes)
     else:
@@ -237,8 +235,18 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
         UserError: it is not; RunError among them where there is no complete checkpoint.
     """
     start_from = config.phases[0].start_from
+    if refusal := refuse_address(start_from):
+        raise UserError(f"phase.start_from: {refusal}")
+    if start_from and not Path(start_from).exists():
+        raise UserError(
+            f"phase.start_from: there is no {start_from}; it names a checkpoint, a run folder or a Hugging Face folder "
+            "on this disk (hf download REPOSITORY --local-dir FOLDER)"
+        )
     if is_hugging_face(start_from):
-        return check_hugging_face(config, open_hugging_face(start_from), allow_changes)
+        try:
+            return check_hugging_face(config, open_hugging_face(start_from), allow_changes)
+        except UserError as error:
+            raise UserError(f"phase.start_from: {error}") from error
     if start_from:
         check_model(config, layout.open_checkpoint(Path(start_from)), allow_changes)
     return []

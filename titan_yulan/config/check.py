@@ -116,6 +116,9 @@ class _Check:
         self.folder_path((*path, "start_from"), phase.start_from)
         if _sound(phase.start_from) and phase.start_from and path[1] != 0:
             self.refuse((*path, "start_from"), "only the first phase of a curriculum may have it; remove it")
+        if _sound(phase.rebalance_rms, self.config.model.wesar) and phase.rebalance_rms and not self.config.model.wesar:
+            text = f"{phase.rebalance_rms} needs the scalars that model.wesar = true makes; remove it"
+            self.refuse((*path, "rebalance_rms"), text)
         if _sound(phase.lr):
             for index, segment in enumerate(phase.lr):
                 self.segment(segment, phase, index == len(phase.lr) - 1, (*path, "lr", index))

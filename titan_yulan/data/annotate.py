@@ -32,6 +32,7 @@ from titan_yulan.errors import UserError
 Compute = Callable[[Sequence[Document]], list[dict[str, Any] | str]]
 
 _BLOCK = 512  # rows
+_ROW_GROUP = 1 << 26  # bytes of a Parquet row group, before compression
 _SHOWN = 5
 _SAY_EVERY = 10.0  # seconds
 
@@ -156,7 +157,7 @@ def _output_name(file: InputFile) -> str:
 def _write(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) -> None:
     if file.kind == "parquet":
         _write_parquet(job, file, counts, opened)
-    elif file.path.suffix == ".gz":
+    elif _output_name(file).endswith(".gz"):
         # no name and no time in the header: the same content has the same bytes
         with gzip.GzipFile("", "wb", fileobj=opened, mtime=0) as compressed:
             _write_jsonl(job, file, counts, compressed)
@@ -181,27 +182,38 @@ def _write_parquet(job: Job, file: InputFile, counts: Counts, opened: BinaryIO) 
     import pyarrow.parquet
 
     documents, progress = read_documents(file), _Progress(job.say)
-    writer = None
+    writer, waiting = None, []
     try:
         source = pyarrow.parquet.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20)
         for batch in source.iter_batches(_BLOCK):
-            new = _new_columns(job, file, list(islice(documents, batch.num_rows)), counts)
-            if not new:
-                continue
-            table = pyarrow.Table.from_batches([batch]).take([place for place, _, _ in new])
-            for name in new[0][2]:
-                values = pyarrow.array([columns[name] for _, _, columns in new])
-                there = table.column_names.index(name) if name in table.column_names else None
-                table = table.append_column(name, values) if there is None else table.set_column(there, name, values)
-            writer = writer or pyarrow.parquet.ParquetWriter(opened, table.schema)
-            writer.write_table(table)
+            if new := _new_columns(job, file, list(islice(documents, batch.num_rows)), counts):
+                waiting.append(_extend(pyarrow.Table.from_batches([batch]), new))
+            if sum(table.nbytes for table in waiting) > _ROW_GROUP:
+                writer = writer or pyarrow.parquet.ParquetWriter(opened, waiting[0].schema)
+                writer.write_table(pyarrow.concat_tables(waiting))
+                waiting = []
             progress(f"{file.name}: {counts} so far")
-        writer = writer or pyarrow.parquet.ParquetWriter(opened, source.schema_arrow)  # no rows at all
+        next(documents, None)  # what the reader checks at the end of a file
+        writer = writer or pyarrow.parquet.ParquetWriter(opened, waiting[0].schema if waiting else source.schema_arrow)
+        if waiting:
+            writer.write_table(pyarrow.concat_tables(waiting))
     except pyarrow.ArrowException as error:
         raise UserError(f"cannot read {file.path} as Parquet: {error}") from error
     finally:
         if writer is not None:
             writer.close()
+
+
+def _extend(table: Any, new: Sequence[tuple[int, Document, dict[str, Any]]]) -> Any:
+    """The rows of an Arrow table that have new columns, with them."""
+    import pyarrow
+
+    table = table.take([place for place, _, _ in new])
+    for name in new[0][2]:
+        values = pyarrow.array([columns[name] for _, _, columns in new])
+        there = table.column_names.index(name) if name in table.column_names else None
+        table = table.append_column(name, values) if there is None else table.set_column(there, name, values)
+    return table
 
 
 def _new_columns(

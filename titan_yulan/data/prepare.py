@@ -95,7 +95,7 @@ def prepare(
     start = time.perf_counter()
     if part is not None:
         return _prepare_part(work, job, units, part, start)
-    with _exclusively(work):
+    with _exclusively(output, say):
         if reused := _reused(work, start):
             work.remove_partial()
             return reused
@@ -119,12 +119,12 @@ def merge(output: Path | str, *, workers: int | None = None, say: Say = say_now)
     """
     output = Path(output)
     start = time.perf_counter()
-    if (merged := _merged_before(output)) is not None:
-        name = merged[0].name.removesuffix("/" + merged[0].made_from["value"])
+    if merged := _merged_before(output, say):
+        name = merged[0].name.removesuffix(f"/{merged[0].made_from.get('value')}")
         return report_sources(name, {"training": merged}, [], time.perf_counter() - start, reused=True)
     parts = open_parts(output)
     work = Work(parts.recipe, _outputs(output, parts.validation_output), workers or default_workers(), say)
-    with _exclusively(work):
+    with _exclusively(output, say):
         report = _reused(work, start)
         if not report:
             units = parts.whole()
@@ -141,9 +141,8 @@ def _outputs(output: Path, validation_output: Path | str | None) -> dict[str, Pa
 
 
 @contextlib.contextmanager
-def _exclusively(work: Work) -> Iterator[None]:
-    output = work.outputs["training"]
-    with explain_full_disk(output.parent), locked(output.with_name(f".{output.name}.lock"), work.say):
+def _exclusively(output: Path, say: Say) -> Iterator[None]:
+    with explain_full_disk(output.parent), locked(output.with_name(f".{output.name}.lock"), say):
         yield
 
 
@@ -155,14 +154,15 @@ def _reused(work: Work, start: float) -> Report | None:
     return report_sources(work.recipe.name, done, [], time.perf_counter() - start, reused=True)
 
 
-def _merged_before(output: Path) -> list[Source] | None:
+def _merged_before(output: Path, say: Say) -> list[Source]:
     """What an earlier merge made, if it is finished and its parts are gone."""
     if parts_folder(output).exists() or not output.is_dir():
-        return None
+        return []
     folders = [folder for folder in (output, *sorted(output.iterdir())) if (folder / DESCRIPTION).exists()]
     if folders:
-        shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
-    return [Source.open(folder) for folder in folders] or None
+        with _exclusively(output, say):  # the parts, on their way out
+            shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+    return [Source.open(folder) for folder in folders]
 
 
 def _prepare_part(

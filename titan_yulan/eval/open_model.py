@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from titan_yulan.checkpoint.hugging_face import CONFIG, is_hugging_face, open_hugging_face, parameter_shapes
+from titan_yulan.checkpoint.hugging_face import CONFIG, check_tensors, is_hugging_face, open_hugging_face
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
 from titan_yulan.checkpoint.layout import MANIFEST, hash_file, open_checkpoint
 from titan_yulan.data.tokenizer import Tokenizer
@@ -68,8 +68,7 @@ def _open_checkpoint(path: Path) -> TrainedModel:
 
 def _open_hugging_face(path: Path) -> TrainedModel:
     folder = open_hugging_face(path)
-    if absent := sorted(parameter_shapes(folder.model).keys() - folder.tensors.keys()):
-        raise UserError(f"{path} lacks {len(absent)} tensors of the model in its {CONFIG}, such as {absent[0]}")
+    check_tensors(folder, folder.model)
     with torch.device("meta"):  # random values for billions of weights would take minutes
         decoder = Decoder(folder.model)
     decoder.to_empty(device="cpu")

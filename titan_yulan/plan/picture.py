@@ -75,7 +75,9 @@ def _cells(forecast: PhaseForecast) -> list[str]:
 
 def _head(forecast: PhaseForecast) -> str:
     phase = forecast.phase
-    return f"{phase.name}: {phase.rows_total:,} rows of {phase.sequence_length:,} tokens"
+    every = phase.section.adaptive.every
+    adapts = f" (its mix follows perplexities every {every}; this is where it begins)" if every else ""
+    return f"{phase.name}{adapts}: {phase.rows_total:,} rows of {phase.sequence_length:,} tokens"
 
 
 def _counted(uses: Sequence[SourceUse]) -> str:
