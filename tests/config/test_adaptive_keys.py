@@ -38,6 +38,11 @@ def refusal(folder: Path, adaptive: str, base: str = HELD_OUT) -> str:
             'every = "9 steps"\ngroups = { a = ["c*", "math"], b = ["math", "code"] }',
             "groups.b: 'code' is in the group 'a' too; a source has one group",
         ),
+        (
+            'every = "9 steps"\ngroups = { a = ["co*", "mat"] }',
+            "groups.a: 'mat' matches no table of [data.sources]; did",
+        ),
+        ('every = "9 steps"\n[data]\nshuffle = ["c*", "books"]', "data.shuffle: 'books' matches no table of [data"),
         ('every = "9 steps"\nfloor = 0.4', "floor: 0.4 is above the share that 'math' begins with, 0.333 of its group"),
     ],
 )

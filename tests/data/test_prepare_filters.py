@@ -93,8 +93,10 @@ def test_a_parquet_file_with_bad_rows_and_a_cut_one(tmp_path: Path) -> None:
     assert "  skipped: 1 bad rows, 1 bad files, 1 empty documents" in lines
     assert [line for line in lines if "b.parquet: cannot read" in line] and "a.parquet:51" in lines[-1]
     assert Source.open(tmp_path / "out").made_from["bad_files"] == list(report.bad_files)
+    with pytest.raises(UserError, match=r"no document.*1 bad files skipped; b\.parquet: cannot read"):
+        make(str(tmp_path / "in" / "b.parquet"), tmp_path / "none")
+    (tmp_path / "in" / "a.parquet").unlink()
     with pytest.raises(UserError, match=r"b\.parquet.*--on-bad-row skip"):
-        (tmp_path / "in" / "a.parquet").unlink()
         make(str(tmp_path / "in"), tmp_path / "strict", on_bad_row="fail")
 
 

@@ -116,6 +116,11 @@ def test_parts_of_two_requests_are_not_merged(tmp_path: Path, small_groups: None
     shutil.move(tmp_path / "other.parts" / "part-2-of-2", tmp_path / "out.parts")
     with pytest.raises(UserError, match=r"different requests \(1/2, 2/2\)"):
         merge(out, say=quiet)
+    recipe = tmp_path / "out.parts" / "part-1-of-2" / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"version": 1', '"version": 0'))
+    for work in (lambda: merge(out, say=quiet), lambda: make(inputs, out, part=(1, 2))):
+        with pytest.raises(UserError, match="another version"):
+            work()
 
 
 def test_command_line_in_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from typing import Any
 
@@ -42,6 +43,8 @@ class _Check:
         for section, every in (("checkpoint", config.checkpoint.every), ("eval", config.eval.every)):
             if _sound(every) and every is not None:
                 self.interval((section, "every"), every)
+        if _sound(config.data) and _sound(config.data.sources, config.data.shuffle):
+            self.patterns(("data", "shuffle"), config.data.shuffle, config.data.sources)
         self.phase_names()
         for index, phase in enumerate(config.phases):
             self.phase(phase, ("phases", index))
@@ -175,6 +178,12 @@ class _Check:
         elif weights and phase.length is None:
             self.refuse((*path, "length"), "missing; required unless every amount of the mix is in tokens")
 
+    def patterns(self, path: KeyPath, patterns: tuple[str, ...], sources: dict[str, Any]) -> None:
+        """Refuse names and globs that match no source."""
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in sources):
+                self.refuse(path, f"{pattern!r} matches no table of [data.sources]{nearest(pattern, sources)}")
+
     def adaptive(self, phase: PhaseSection, path: KeyPath) -> None:
         section, sources = phase.adaptive, self.config.data.sources
         if section.every is None or not _sound(sources, *phase.mix.values()):
@@ -187,6 +196,8 @@ class _Check:
             elif section.alpha * weight >= 1:
                 text = f"{weight} with alpha = {section.alpha} could bring a share to 0; lower it below 1 / alpha"
                 self.refuse((*path, "weights", name), text)
+        for group, patterns in section.groups.items():
+            self.patterns((*path, "groups", group), patterns, sources)
         shares = {name: _amount(value) for name, value in phase.mix.items() if _amount(value)}
         groups = adaptive_groups(section, shares)
         if not groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from titan_yulan.data.arrange import PLACE, Units
 from titan_yulan.data.source import Shard, describe_shard, file_name, write_shard
+from titan_yulan.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,38 @@ def _gather(job: AssembleJob, shard: ShardJob) -> dict[str, np.ndarray]:
     by_unit = np.argsort(places["unit"], kind="stable")
     units, first = np.unique(places["unit"][by_unit], return_index=True)
     for unit, here in zip(units.tolist(), np.split(by_unit, first[1:]), strict=True):
-        rows = places[here]
-        _copy(job, unit, [column.tolist() for column in (rows["start"], targets[here], rows["length"])], arrays)
+        _copy(job, unit, _runs(places["start"][here], targets[here], places["length"][here]), arrays)
     return arrays
 
 
-def _copy(job: AssembleJob, unit: int, places: list[list[int]], arrays: dict[str, np.ndarray]) -> None:
-    """Copy documents (starts, targets, lengths) of a unit into the shard's arrays."""
-    folder = job.units.folder(unit)
-    tokens = np.asarray(np.memmap(folder / "tokens.bin", job.units.recipe.dtype, mode="r"))
-    masked = job.has_loss_mask and job.units.counts[unit].has_loss_mask
-    mask = np.asarray(np.memmap(folder / "loss_mask.bin", bool, mode="r")) if masked else None
-    for start, target, length in zip(*places, strict=True):
-        arrays["tokens"][target : target + length] = tokens[start : start + length]
-        if mask is not None:
-            arrays["loss_mask"][target : target + length] = mask[start : start + length]
+def _runs(starts: np.ndarray, targets: np.ndarray, lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(start, target, length) of what to copy, with documents joined that stand side by side in both places."""
+    joined = (starts[1:] == starts[:-1] + lengths[:-1]) & (targets[1:] == targets[:-1] + lengths[:-1])
+    first = np.flatnonzero(np.r_[True, ~joined])
+    columns = (starts[first], targets[first], np.add.reduceat(lengths, first))
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def _copy(job: AssembleJob, unit: int, runs: list[tuple[int, int, int]], arrays: dict[str, np.ndarray]) -> None:
+    """Copy runs of tokens of a unit into the shard's arrays."""
+    folder, recipe = job.units.folder(unit), job.units.recipe
+    _read_runs(folder / "tokens.bin", recipe.dtype.itemsize, runs, arrays["tokens"])
+    if job.has_loss_mask and job.units.counts[unit].has_loss_mask:
+        _read_runs(folder / "loss_mask.bin", 1, runs, arrays["loss_mask"])
+
+
+def _read_runs(path: Path, itemsize: int, runs: list[tuple[int, int, int]], array: np.ndarray) -> None:
+    """Read stretches of a file straight into an array.
+
+    Not by memory mapping: for the many short documents of a shuffled shard the system would read far more around each.
+    """
+    target = memoryview(array).cast("B")
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for start, to, length in runs:
+            place, rest = start * itemsize, target[to * itemsize : (to + length) * itemsize]
+            while rest:  # one call reads at most 2 GiB
+                read = os.preadv(file.fileno(), [rest], place)
+                if not read:
+                    raise RunError(f"{path} is shorter than it was written: delete {path.parent} and start again")
+                place, rest = place + read, rest[read:]

@@ -103,10 +103,16 @@ def open_parts(output: Path) -> Parts:
 
 
 def _recipes(output: Path) -> list[tuple[int, int, Recipe, str | None]]:
-    """(part, number of parts, recipe, folder of the held-out part seen from that of the output) of each part there."""
+    """(part, number of parts, recipe, folder of the held-out part seen from that of the output) of each part there.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
     found = []
     for folder in parts_folder(output).glob("part-*-of-*"):
-        name, stored = _NAME.fullmatch(folder.name), read_recipe(folder / "recipe.json")
-        if name and stored:
+        name, file = _NAME.fullmatch(folder.name), folder / "recipe.json"
+        if name and file.exists():
+            if (stored := read_recipe(file)) is None:
+                raise UserError(f"{file} is damaged, or was made by another version of this program: delete {folder}")
             found.append((int(name[1]), int(name[2]), stored[0], stored[1]["validation_output"]))
     return sorted(found, key=lambda part: part[:2])

@@ -24,6 +24,9 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 
 SHUFFLE, KEEP = "shuffle", "keep"
+# Of unfinished work. Raise it when the grouping of files, or what is stored of a group, changes: work of another
+# version cannot be gone on with.
+_VERSION = 1
 _SAMPLE = 65536  # bytes
 _READERS = 16  # threads; they wait for the disk
 
@@ -121,7 +124,7 @@ def make_recipe(
 def save_recipe(path: Path, recipe: Recipe, **more: Any) -> None:
     """Write a recipe as JSON, atomically, with further values beside it; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**asdict(recipe), **more}, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps({"version": _VERSION, **asdict(recipe), **more}, indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
 
 
@@ -129,6 +132,8 @@ def read_recipe(path: Path) -> tuple[Recipe, dict[str, Any]] | None:
     """The recipe and the values stored beside it; None when the file is missing or of another version."""
     try:
         content = json.loads(path.read_bytes())
+        if content.pop("version") != _VERSION:
+            return None
         fields: dict[str, Any] = {name: content.pop(name) for name in Recipe.__dataclass_fields__}
     except (FileNotFoundError, KeyError, ValueError, AttributeError):
         return None

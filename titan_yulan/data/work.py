@@ -174,7 +174,8 @@ def _made_from(recipe: Recipe, destination: Destination, left_out: LeftOut) -> d
 
 
 def _nothing_left(recipe: Recipe, side: str, left_out: LeftOut) -> str:
-    skipped = f" ({left_out} skipped)" if side == "training" and str(left_out) else ""
+    reason = f"; {left_out.bad_files[0]}" if left_out.bad_files else ""
+    skipped = f" ({left_out} skipped{reason})" if side == "training" and str(left_out) else ""
     remedy = "raise validation_share, or give more documents" if side == "validation" else "give other inputs"
     if side == "training" and left_out.short_documents:
         remedy += f", or lower minimum_tokens (now {recipe.minimum_tokens})"
