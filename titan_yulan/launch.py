@@ -31,7 +31,7 @@ from titan_yulan.config.sections import RecoverySection, RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.data.partition import micro_batches
-from titan_yulan.data.prepare import say_now
+from titan_yulan.data.report import say_now
 from titan_yulan.data.source import Source
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.monitor.metrics import read_status, write_atomically, write_status

@@ -7,8 +7,8 @@ after the other, as in the input or by a column, and each goes to the shard in w
 
 The result is a file with one `PLACE` record a document, the records of a shard side by side, so that a worker reads
 just those of its shard. It is filled by a counting sort in two passes over the units: memory is that of one unit, plus,
-where they are asked for, 25 bytes a document of the whole input to find duplicates, and 35 to sort by a number (four of
-these 8-byte columns and the destination; 91 by a string).
+where they are asked for, bytes for each document of the whole input: 25 to find duplicates (hashes, their order, what
+stays), 45 to sort by a number (key, length, destination, order, start), 100 by a string.
 """
 
 from __future__ import annotations

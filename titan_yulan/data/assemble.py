@@ -78,7 +78,7 @@ def _read_runs(path: Path, itemsize: int, runs: list[tuple[int, int, int]], arra
 
     Not by memory mapping: for the many short documents of a shuffled shard the system would read far more around each.
     """
-    target = memoryview(array).cast("B")
+    target = array.data.cast("B")
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         for start, to, length in runs:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import json
 import os
 import re
 import zlib
@@ -20,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_yulan.data import corpus
+from titan_yulan.data.jsonl import parse_lines
 from titan_yulan.data.megatron import index_path, read_megatron
 from titan_yulan.data.parquet import METADATA, read_parquet
-from titan_yulan.data.rows import BadRow, DamagedFile, Document, parse_row
+from titan_yulan.data.rows import BadRow, DamagedFile, Document
 from titan_yulan.errors import UserError
 
 _SUFFIXES = {
@@ -166,17 +166,6 @@ def _read_text(file: InputFile) -> Iterator[Document | BadRow]:
 
 
 def _read_jsonl(file: InputFile, columns: Sequence[str]) -> Iterator[Document | BadRow]:
-    # Not through `datasets`: its JSON reader parses blocks, so one broken line loses the rows around it and its place.
     opened = gzip.open(file.path, "rb") if file.path.suffix == ".gz" else file.path.open("rb")
     with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield parse_row(json.loads(line.decode("utf-8")), columns)
-            except UnicodeDecodeError as error:
-                yield BadRow(f"{file.name}:{number}", f"not UTF-8 (byte {error.start} of the line)")
-            except json.JSONDecodeError as error:
-                yield BadRow(f"{file.name}:{number}", f"not JSON ({error.msg} at column {error.colno})")
-            except (ValueError, RecursionError) as error:
-                yield BadRow(f"{file.name}:{number}", str(error))
+        yield from parse_lines(file.name, lines, columns)

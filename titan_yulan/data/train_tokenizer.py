@@ -16,7 +16,7 @@ from pathlib import Path
 from titan_yulan.data import hashing
 from titan_yulan.data.bpe import count_pre_tokens, train_from_counts
 from titan_yulan.data.documents import BadRow, InputFile, find_inputs, read_documents
-from titan_yulan.data.prepare import Say, say_now
+from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.storage import explain_full_disk, locked
 from titan_yulan.data.tokenizer import Tokenizer, save_ranks
 from titan_yulan.data.workers import default_workers, ordered_map
