@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from titan_yulan.data import corpus
-from titan_yulan.data.documents import BadRow, Document, find_inputs, parse_row, read_documents
-from titan_yulan.data.rows import DamagedFile
+from titan_yulan.data.documents import BadRow, Document, find_inputs, read_documents
+from titan_yulan.data.rows import DamagedFile, parse_row
 from titan_yulan.errors import UserError
 
 
