@@ -3,6 +3,7 @@
     config.json                          the model, under the names that `config/published.py` knows
     model.safetensors                    its tensors, or
     model.safetensors.index.json         which of several .safetensors files holds which tensor
+    pytorch_model.bin[.index.json]       the same in files of `torch.save`, where there are no .safetensors
 
 Llama models and the training format of YuLan-Mini (github.com/RUC-GSAI/YuLan-Mini) are read; the tensors' names are the
 decoder's own. No torch here: the launcher tells in a second what does not fit. `hugging_face_weights.py` reads tensors.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_yulan.checkpoint.pickled import PickledTensor, content_is_zero, read_pickle
 from titan_yulan.config.model import ATTENTION_ALPHAS, BLOCK_NORM_ALPHAS, MLP_ALPHAS, ModelConfig
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.show import toml_value
@@ -26,6 +28,8 @@ from titan_yulan.errors import UserError
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PICKLE = "pytorch_model.bin"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
 _TOKENIZER = "tokenizer.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -45,9 +49,11 @@ _NOT_COMPARED = frozenset(
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies; `dtype` is one of safetensors' names, such as "BF16"."""
+    """Where a tensor lies; `dtype` is one of safetensors' names, such as "BF16", `key` its name in the file (of
+    `torch.save`: empty, if it is all that the file holds)."""
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -102,40 +108,46 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
     for file, promised in _weight_files(path).items():
         found = _read_header(file)
         if absent := sorted(promised - found.keys()):
-            raise UserError(f"{file} lacks {_listed(absent)}, which {INDEX} says it holds")
+            raise UserError(f"{file} lacks {_listed(absent)}, which the index says it holds; download both again")
         # a file may hold more than the index takes from it
         tensors |= {name: tensor for name, tensor in found.items() if not promised or name in promised}
+    check_types(path, tensors)
+    return tensors
+
+
+def check_types(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """
+    Raises:
+        UserError: a tensor is of a type that is not read.
+    """
     if other := sorted({tensor.dtype for tensor in tensors.values()} - set(_TYPES)):
         raise UserError(
             f"{path} holds tensors of type {', '.join(other)}; {', '.join(_TYPES)} can be read: take "
             "weights that are not quantised"
         )
-    return tensors
 
 
 def _weight_files(path: Path) -> dict[Path, set[str]]:
     """The files of the weights, with the names that the index promises of each (empty without an index)."""
+    for whole, index, parts in ((WEIGHTS, INDEX, "*.safetensors"), (_PICKLE, _PICKLE_INDEX, "pytorch_model*.bin")):
+        if (path / index).is_file():
+            return _indexed_files(path / index)
+        if (path / whole).is_file():
+            return {path / whole: set()}
+        if any(path.glob(parts)):
+            raise UserError(f"{path} has neither {whole} nor {index}; download it too")
+    raise UserError(f"{path} has a {CONFIG} and no weights ({WEIGHTS} or {_PICKLE}); download them too")
+
+
+def _indexed_files(index: Path) -> dict[Path, set[str]]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(_is_name(place) for place in places.values()):
+        raise UserError(f"{index} has no table weight_map of files; download it again")
     files: dict[Path, set[str]] = {}
-    if (path / INDEX).is_file():
-        places = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(places, dict) or not all(_is_name(place) for place in places.values()):
-            raise UserError(f"{path / INDEX} has no table weight_map of files; download it again")
-        for name, place in places.items():
-            files.setdefault(path / place, set()).add(name)
-    elif (path / WEIGHTS).is_file():
-        files[path / WEIGHTS] = set()
-    elif any(path.glob("*.safetensors")):
-        raise UserError(f"{path} has neither {WEIGHTS} nor {INDEX}; download it too")
-    elif any(path.glob("pytorch_model*.bin*")):
-        raise UserError(
-            f"the weights of {path} are pytorch_model.bin, a pickle, which is not read. Convert them "
-            "once with the package transformers: AutoModelForCausalLM.from_pretrained(FOLDER, "
-            "dtype='auto').save_pretrained(NEW_FOLDER)"
-        )
-    else:
-        raise UserError(f"{path} has a {CONFIG} and no weights ({WEIGHTS}); download them too")
+    for name, place in places.items():
+        files.setdefault(index.parent / place, set()).add(name)
     if absent := sorted(file.name for file in files if not file.is_file()):
-        raise UserError(f"{path} lacks {_listed(absent)}, named in {INDEX}; finish the download")
+        raise UserError(f"{index.parent} lacks {_listed(absent)}, named in {index.name}; finish the download")
     return files
 
 
@@ -144,6 +156,10 @@ def _is_name(place: Any) -> bool:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    return _read_safetensors_header(file) if file.suffix == ".safetensors" else _read_pickle_header(file)
+
+
+def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open  # few runs need it, and not every environment has it
     except ImportError:
@@ -151,9 +167,16 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
-            return {n: StoredTensor(file, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
+            return {n: StoredTensor(file, n, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged or incomplete ({error}); download or copy it again") from error
+
+
+def _read_pickle_header(file: Path) -> dict[str, StoredTensor]:
+    content = read_pickle(file)
+    if not isinstance(content, dict) or not all(isinstance(value, PickledTensor) for value in content.values()):
+        raise UserError(f"{file} holds something else than a table of tensors; it is no file of weights")
+    return {str(name): StoredTensor(file, str(name), value.shape, value.dtype) for name, value in content.items()}
 
 
 def check_hugging_face(config: RunConfig, folder: HuggingFaceFolder, allow_changes: Collection[str] = ()) -> list[str]:
@@ -280,14 +303,17 @@ def _says_nothing(name: str, model: ModelConfig, folder: HuggingFaceFolder) -> b
         return model.tie_word_embeddings  # whether it is the embedding is seen when it is read
     if name.endswith("rotary_emb.inv_freq"):
         return True
-    return model.attention_bias and name.endswith("self_attn.o_proj.bias") and _is_zero(name, folder.tensors[name])
+    return model.attention_bias and name.endswith("self_attn.o_proj.bias") and _is_zero(folder.tensors[name])
 
 
-def _is_zero(name: str, tensor: StoredTensor) -> bool:
+def _is_zero(tensor: StoredTensor) -> bool:
     """Whether all bytes of a small tensor are zero; bfloat16 is no type of numpy."""
+    if tensor.file.suffix != ".safetensors":
+        content = read_pickle(tensor.file)
+        return content_is_zero(tensor.file, content[tensor.key] if tensor.key else content)
     with tensor.file.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        begin, end = json.loads(file.read(length))[tensor.key]["data_offsets"]
         file.seek(8 + length + begin)
         return not any(file.read(end - begin))
 
