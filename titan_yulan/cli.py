@@ -89,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     picture.add_argument("run", help="run folder")
     picture.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf (default: curves.png in the run folder)")
 
+    _eval_verb(verbs)
+
     generate = _verb(verbs, "generate", "continue a text with the newest checkpoint of a run", _generate)
     generate.add_argument("--run", required=True, help="run folder or checkpoint folder")
     generate.add_argument("--prompt", required=True)
@@ -176,17 +178,55 @@ def _checkpoint_verbs(verbs) -> None:
         ("verify", "compare every file with its hash", _checkpoint_verify),
     ):
         _verb(checkpoint, name, text, verb).add_argument("folder", help="run folder or checkpoint folder")
+    bring = _verb(
+        checkpoint, "import", "a folder of Hugging Face or DeepSpeed as a checkpoint of ours", _checkpoint_import
+    )
+    bring.add_argument("--from", required=True, dest="source", metavar="DIR", help="config.json with weights or states")
+    _config_option(bring)
+    bring.add_argument("--output", required=True, metavar="RUN", help="run folder to make")
+    bring.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="import although KEY differs")
     diff = _verb(
         checkpoint, "diff", "what differs between two checkpoints: configuration, state, tensors", _checkpoint_diff
     )
     diff.add_argument("first", help="checkpoint folder, or run folder (its newest)")
     diff.add_argument("second")
+    export = _verb(checkpoint, "export", "write a Hugging Face folder: a Llama, or YuLan-Mini's format", _export)
+    which = export.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="DIR", help="run folder: its newest checkpoint")
+    which.add_argument("--checkpoint", metavar="DIR", help="checkpoint folder")
+    export.add_argument("--format", required=True, choices=("llama", "yulan"))
+    export.add_argument("--output", required=True, metavar="DIR", help="the folder to make")
+    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest size of one file (default: 5GB)")
+    export.add_argument("--no-verify", action="store_true", help="do not load the result and compare it")
     prune = _verb(
         checkpoint, "prune", "delete all but the newest checkpoints and the ends of phases", _checkpoint_prune
     )
     prune.add_argument("folder", help="run folder")
     prune.add_argument("--keep", type=int, required=True, metavar="N", help="newest sound checkpoints to keep")
     prune.add_argument("--yes", action="store_true", help="delete; without it, only say what would be deleted")
+
+
+def _eval_verb(verbs) -> None:
+    evaluate = _verb(verbs, "eval", "benchmarks, perplexity and bits per byte of a model or of a run's phases", _eval)
+    model = evaluate.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--run", "--checkpoint", metavar="DIR", help="run folder, checkpoint folder, or Hugging Face Llama folder"
+    )
+    model.add_argument("--series", metavar="RUN", help="the ends of all phases that a run folder has kept")
+    evaluate.add_argument("--against", metavar="DIR", help="with --series: the model that the phases are compared with")
+    evaluate.add_argument(
+        "--tasks", required=True, metavar="NAME,...", help="tasks, held_out, files of requests or of text"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first N requests of each task")
+    evaluate.add_argument("--requests", metavar="DIR", help="folder in which NAME.jsonl is looked for first")
+    evaluate.add_argument("--output", metavar="DIR", help="folder for evaluation.json, evaluation.md and items.jsonl")
+    evaluate.add_argument("--context", type=int, metavar="N", help="tokens of a row (default: as it was trained)")
+    evaluate.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens computed at a time")
+    evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="write at most so many, whatever is asked")
+    evaluate.add_argument("--execute-code", action="store_true", help="run the programs that the model writes")
+    evaluate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    evaluate.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's own")
 
 
 def _verb(verbs, name: str, text: str, function) -> argparse.ArgumentParser:
@@ -337,6 +377,29 @@ def _data_label_apply(options: argparse.Namespace) -> None:
     )
 
 
+def _eval(options: argparse.Namespace) -> None:
+    from titan_yulan.eval.evaluation import Settings, evaluate, evaluate_series
+
+    settings = Settings(
+        tasks=tuple(name for name in options.tasks.split(",") if name),
+        limit=options.limit,
+        requests=Path(options.requests) if options.requests else None,
+        output=Path(options.output) if options.output else None,
+        context=options.context,
+        batch_tokens=options.batch_tokens,
+        max_new_tokens=options.max_new_tokens,
+        execute_code=options.execute_code,
+        device=options.device,
+        precision=options.precision,
+    )
+    if options.against and not options.series:
+        raise UserError("--against goes with --series")
+    if options.series:
+        evaluate_series(Path(options.series), settings, Path(options.against) if options.against else None)
+    else:
+        evaluate(Path(options.run), settings)
+
+
 def _part(text: str) -> tuple[int, int]:
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal()):
@@ -388,6 +451,13 @@ def _checkpoint_verify(options: argparse.Namespace) -> int:
     return 0 if sound else 1
 
 
+def _checkpoint_import(options: argparse.Namespace) -> None:
+    from titan_yulan.checkpoint.importing import import_checkpoint
+
+    config = _load(options, options.config).config
+    import_checkpoint(Path(options.source), config, Path(options.output), allow_changes=options.allow_change)
+
+
 def _checkpoint_diff(options: argparse.Namespace) -> int:
     from titan_yulan.checkpoint.diff import diff_checkpoints
 
@@ -396,6 +466,19 @@ def _checkpoint_diff(options: argparse.Namespace) -> int:
         print(line)
         differs = True
     return 1 if differs else 0
+
+
+def _export(options: argparse.Namespace) -> None:
+    from titan_yulan.checkpoint.export import export
+
+    export(
+        Path(options.run or options.checkpoint),
+        Path(options.output),
+        options.format,
+        dtype=options.dtype,
+        shard_size=options.shard_size,
+        verify=not options.no_verify,
+    )
 
 
 def _checkpoint_prune(options: argparse.Namespace) -> None:

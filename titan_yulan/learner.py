@@ -16,6 +16,8 @@ from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.hugging_face import HuggingFaceFolder
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
 from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.checkpoint.universal import UniversalFolder
+from titan_yulan.checkpoint.universal_state import load_universal
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.loader import Batch, Loader, Tapes, fingerprint
@@ -100,27 +102,35 @@ class Learner:
     @torch.no_grad()
     def load(self, checkpoint: Checkpoint) -> None:
         """Take all tensors from a checkpoint, whatever layout wrote it; all ranks together. The guard's window begins
-        empty, and says so, if the checkpoint's has another length.
+        empty, and says so, if the checkpoint's has another length; so do moments that an import did not find.
 
         Raises:
             RunError: it is of another model.
         """
-        tensors = self.tensors()
-        stored = store.read_index(checkpoint).state_dict_metadata.get("recovery.window")
-        if getattr(stored, "size", None) != tensors["recovery"]["window"].shape:
+        tensors, stored = self.tensors(), store.read_index(checkpoint).state_dict_metadata
+        if getattr(stored.get("recovery.window"), "size", None) != tensors["recovery"]["window"].shape:
             for tensor in tensors.pop("recovery").values():
                 tensor.zero_()
             self._say(f"recovery.spike_window: {checkpoint.path} holds no window of this length; it begins empty")
+        if not any(name.startswith("optimizer.") for name in stored):
+            for tensor in tensors.pop("optimizer").values():
+                tensor.zero_()
+            self._say(f"{checkpoint.path} was imported from weights alone: Adam's moments begin at zero")
         store.load(checkpoint, tensors, self.world.host)
 
     @torch.no_grad()
-    def load_pretrained(self, folder: HuggingFaceFolder) -> None:
-        """Take the weights of a folder in Hugging Face's format, beside moments of zero; all ranks together.
+    def load_pretrained(self, folder: HuggingFaceFolder | UniversalFolder) -> None:
+        """Take the weights of a folder of others, and the moments if it has any (else they stay, zero after `build`);
+        all ranks together.
 
         Raises:
             RunError: they cannot be read.
         """
-        load_hugging_face(folder, self.tensors()["model"], self.world.host)
+        tensors = self.tensors()
+        if isinstance(folder, UniversalFolder):
+            load_universal(folder, tensors["model"], tensors["optimizer"], self.world.host)
+        else:
+            load_hugging_face(folder, tensors["model"], self.world.host)
 
     def rebalance(self, rms: float) -> None:
         """Give every matrix with a scalar one magnitude (`optimizer.rebalance`); all ranks together."""

@@ -28,13 +28,14 @@ import torch.distributed as dist
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.hugging_face import is_hugging_face, open_hugging_face
 from titan_yulan.checkpoint.layout import Checkpoint, open_checkpoint, remove_leftovers, step_folder
 from titan_yulan.checkpoint.resume import (
     check_resume,
     check_start,
+    is_published,
     make_plan,
     mixture_history,
+    open_published,
     run_folder,
 )
 from titan_yulan.checkpoint.saver import Saver
@@ -122,7 +123,7 @@ class Trainer:
         elif start_from := config.phases[0].start_from:
             for notice in check_start(config, allow_changes):
                 self.say(notice)
-            if not is_hugging_face(start_from):
+            if not is_published(start_from):
                 start = open_checkpoint(Path(start_from))
                 if damage := store.find_damage_together(start, world, config.checkpoint.verify):
                     raise RunError(f"phase.start_from: {start.path} is damaged: {'; '.join(damage)}")
@@ -169,8 +170,8 @@ class Trainer:
             self.recovery.resume(checkpoint.state().skipped)
         else:
             self.recovery.resume(())
-            if is_hugging_face(start):
-                self.learner.load_pretrained(open_hugging_face(start))
+            if is_published(start):
+                self.learner.load_pretrained(open_published(start))
             elif start:
                 self.learner.load(open_checkpoint(Path(start)))
         self.step = self.plan.phases[0].start.step if checkpoint is None else checkpoint.step

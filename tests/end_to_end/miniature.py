@@ -4,8 +4,8 @@
 
 runs `./run_train.sh --config mini.toml` from nothing and takes its time; reads the stream again and follows every
 document of it; looks for the curves in TensorBoard; and lets a copy of the run, from the end of phase 25 on, be stopped
-in the middle of phases 26 and 27 and go on with 3 ranks and with 1. A run that is there in DIR is used again. Keys make it shorter:
---miniature.sequence_length_divisor=256 takes a third of the time.
+in the middle of phases 26 and 27 and go on with 3 ranks and with 1. A run that is there in DIR is used again. Keys make
+it shorter: --miniature.sequence_length_divisor=256 takes a third of the time.
 """
 
 from __future__ import annotations

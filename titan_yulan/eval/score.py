@@ -26,7 +26,8 @@ from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.rows import Document
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.eval.open_model import in_precision, open_model
+from titan_yulan.eval.batches import batches_of
+from titan_yulan.eval.open_model import in_precision, open_device, open_model
 from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
 from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.model import Decoder
@@ -64,10 +65,9 @@ class Scorer:
         """
         ids = [self._ids(document) for document in documents]
         windows = [window for i, part in enumerate(ids) if not isinstance(part, str) for window in self._cut(i, part)]
-        # similar lengths side by side: little padding
-        windows.sort(key=lambda window: -len(window.inputs))
         sums = torch.zeros(len(documents), dtype=torch.float64, device=self.device)
-        for batch in self._batches(windows):
+        for numbers in batches_of([len(window.inputs) for window in windows], self.batch_tokens):
+            batch = [windows[number] for number in numbers]
             places = torch.tensor([window.document for window in batch], device=self.device)
             sums.index_add_(0, places, self._losses(batch))
         results: list[dict[str, Any] | str] = []
@@ -94,15 +94,6 @@ class Scorer:
         inputs = np.concatenate([[self.tokenizer.eos_id], ids[:-1]])
         places = [slice(start, start + self.context) for start in range(0, len(ids), self.context)]
         return [_Window(document, inputs[place], ids[place]) for place in places]
-
-    def _batches(self, windows: Sequence[_Window]) -> list[Sequence[_Window]]:
-        """Windows of falling length in batches; the first of a batch is its longest."""
-        batches, start = [], 0
-        while start < len(windows):
-            count = max(1, self.batch_tokens // len(windows[start].inputs))
-            batches.append(windows[start : start + count])
-            start += count
-        return batches
 
     @torch.no_grad()
     def _losses(self, batch: Sequence[_Window]) -> Tensor:
@@ -153,7 +144,7 @@ def score(
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     files = find_inputs(inputs)[rank::world]
-    place = _device(device)
+    place = open_device(device)
     model = open_model(run)
     context = model.context if context is None else context
     if not 1 <= context <= model.longest or batch_tokens < 1:
@@ -169,19 +160,3 @@ def score(
     prefix = f"rank {rank}: " if world > 1 else ""
     job = Job(output, request, scorer, lambda line: say(f"{prefix}{line}"), on_bad_row == "fail")
     return annotate(files, job, workers=1)
-
-
-def _device(name: str | None) -> torch.device:
-    """
-    Raises:
-        UserError: there is no such device.
-    """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", local if device.index is None else device.index)
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {error}") from error
-    return device

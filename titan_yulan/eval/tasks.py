@@ -60,9 +60,7 @@ _MATH = tuple(
 )
 
 _TABLE = (
-    _choice(
-        "arc_easy", "accuracy_per_character", "ARC-e (arXiv 1803.05457), validation, 0 shots", "arc_easy/rc_0shot"
-    ),
+    _choice("arc_easy", "accuracy_per_character", "ARC-e (arXiv 1803.05457), validation, 0 shots", "arc_easy/rc_0shot"),
     _choice("arc_easy_5shot", "accuracy_per_character", "ARC-e, test, 5 shots", "arc_easy/test_rc_5shot"),
     _choice("arc_easy_letters", "accuracy", "ARC-e, test, 5 shots, answers are letters", "arc_easy/test_mc_5shot"),
     _choice("arc_challenge", "accuracy_per_character", "ARC-c, validation, 0 shots", "arc_challenge/rc_0shot"),

@@ -1,0 +1,130 @@
+"""Answer equivalence against a table of cases, and what counts as the answer in what a model wrote."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from titan_yulan.eval.answers import boxed, equivalent, grade, last_number, mathematical_answer
+
+SAME = [
+    (r"\frac12", r"\frac{1}{2}"),
+    ("0.5", "1/2"),
+    (r"\dfrac{3}{4}", "0.75"),
+    (r"1\frac12", r"\frac32"),
+    (r"-\frac{2}{3}", r"\frac{-2}{3}"),
+    ("10,000", "10000"),
+    (r"\$18.90", "18.9"),
+    (r"50\%", "50"),
+    (r"90^\circ", "90"),
+    (r"5\text{ cm}", "5"),
+    (r"10\text{ square units}", "10"),
+    ("x=5", "5"),
+    (r"x \in [2,5)", "[2,5)"),
+    ("y=2x+3", "y = 3+2x"),
+    ("p-q", "-q+p"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("2k+2", "2(k+1)"),
+    ("5x", "x5"),
+    ("2^{3}", "8"),
+    ("6!", "720"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"11\sqrt2", r"11\sqrt{2}"),
+    (r"\sqrt[3]{8}", "2"),
+    (r"\frac{\sqrt{3}}{2}", r"\sqrt3/2"),
+    (r"\sin 0", "0"),
+    (r"3\pm2\sqrt2", r"3\pm 2\sqrt{2}"),
+    (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
+    (r"(-\infty, 2)", r"(-\infty,2)"),
+    ("1,2,3", "3,2,1"),
+    ("5 and 6", "6,5"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\text{Evelyn}", "evelyn"),
+    (r"\text{(C)}", "(C)"),
+]
+DIFFERENT = [
+    ("[0,1)", "(0,1)"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2,3)", "1,2,3"),
+    (r"\{1,2\}", "(1,2)"),
+    ("1,2", "1,2,2"),
+    ("x+1", "x+2"),
+    (r"\frac{1}{3}", "0.333"),
+    ("0", r"\pi"),
+    ("i", "j"),
+    ("12_5", "12"),
+    ("C", "B"),
+    (r"\text{even}", r"\text{odd}"),
+    ("9^9^9^9", "1"),
+    ("1/0", "2"),
+    ("", ""),
+    ("\\frac{1}{", "1"),
+    ("(" * 5000, "1"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), SAME)
+def test_the_same_answer(first: str, second: str) -> None:
+    assert equivalent(first, second) and equivalent(second, first)
+
+
+@pytest.mark.parametrize(("first", "second"), DIFFERENT)
+def test_another_answer(first: str, second: str) -> None:
+    assert not equivalent(first, second) and not equivalent(second, first)
+
+
+@given(st.text(alphabet="0123456789.,+-*/^(){}[]\\ frac sqrt x", max_size=30))
+def test_any_text_has_an_answer(text: str) -> None:
+    assert equivalent(text, text) or not text.strip(" .,") or not equivalent(text, "17.25")
+
+
+@given(st.fractions(min_value=-1000, max_value=1000, max_denominator=1000), st.integers(1, 9))
+def test_fractions_are_compared_by_value(value, factor: int) -> None:
+    written = rf"\frac{{{value.numerator * factor}}}{{{value.denominator * factor}}}"
+    assert equivalent(written, f"{value.numerator}/{value.denominator}")
+    assert not equivalent(written, f"{value.numerator + 1}/{value.denominator}")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 3 + 4 = 7.", 7.0),
+        ("She has $1,234.50 left", 1234.5),
+        ("from -3 to -2", -2.0),
+        ("#### 18", 18.0),
+        ("1, 2", 2.0),
+        ("none", None),
+    ],
+)
+def test_last_number(text: str, number: float | None) -> None:
+    assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so $\boxed{\frac{1}{2}}$, not \boxed{3}", "3"),
+        (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed 5 apples", "5"),
+        (r"\boxed{1", None),
+        ("no box", None),
+    ],
+)
+def test_box(text: str, answer: str | None) -> None:
+    assert boxed(text) == answer
+
+
+def test_an_answer_without_a_box() -> None:
+    assert equivalent(mathematical_answer("The final answer is $[2,5)$. I hope it is correct.") or "", "[2,5)")
+    assert mathematical_answer("about 3 or 4") == "4"
+    assert mathematical_answer("nothing") is None
+
+
+def test_grades() -> None:
+    assert grade("she pays 5 + 13 = 18 dollars.", ["18"], "number") == 1.0
+    assert grade("she pays 17", ["18"], "number") == 0.0 == grade("nothing", ["18"], "number")
+    assert grade(r"hence \boxed{0.5}", [r"\frac{1}{2}"], "mathematics") == 1.0
+    assert grade("The keys are 123 and ABC.", ["123", "abc", "789"], "contains") == pytest.approx(2 / 3)
+    assert grade(" Paris\n", ["Paris"], "") == 1.0 and grade("Paris!", ["Paris"], "") == 0.0

@@ -1,0 +1,148 @@
+"""Is what an export wrote the model of the checkpoint? Read again by those who will read it, and compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from titan_yulan.checkpoint import store
+from titan_yulan.checkpoint.hugging_face import CONFIG, check_tensors, open_hugging_face, parameter_shapes
+from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
+from titan_yulan.checkpoint.layout import Checkpoint
+from titan_yulan.checkpoint.read_parts import read_parts
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+from titan_yulan.errors import RunError
+from titan_yulan.model import Decoder
+from titan_yulan.parallel.fsdp import is_replicated
+
+# The largest difference of a logit that is taken, as a share of the largest logit. All is computed in float32; in the
+# 16-bit types the weights have been rounded, by up to 2^-9 and 2^-12 of their values, in every layer.
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+
+# A row of text, and one of ids spread over the vocabulary.
+_ROW = 256
+
+TEXT = """\
+The quick brown fox didn't jump; it\u2019s 1,234,567.89 m away -- naïve café, Ærøskøbing, Straße, \u0130stanbul.
+    def area(radius: float) -> float:
+\treturn 3.14159 * radius ** 2  # \u03c0r\xb2, trailing blanks:\x20\x20\x20
+
+
+
+预训练语言模型的数据质量很重要。今天是2024年12月23日，天气很好！「引号」、全角\u3000空格。日本語のテキスト、한국어 문장.
+Если x\u2208\u211d, то \u2200\u03b5>0 \u2203\u03b4: |f(x)\u2212f(a)|<\u03b5.  \u222b\u2080\xb9 x\xb2 dx = \u2153
+\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645,
+\u05e9\u05dc\u05d5\u05dd, \u0939\u093f\u0928\u094d\u0926\u0940
+\U0001f680\U0001f469\u200d\U0001f4bb\U0001f1e8\U0001f1f3 e\u0301 \xa0\u2003\u2028\x85\x0b\x1c mixed\r
+line ends\r
+<|endoftext|> is text here, <s>[INST]{"key": [1, 2.5e-7, null]}</s> WE'LL they'RE 'tis O'Neil's
+aaaaaaaaaaaaaaaaaaaaaaa ============ \u2026\u2026 0x7fff_ffff 192.168.0.1 https://example.org/?q=a%20b&c=d#e
+"""
+
+
+def verify_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """The files in `folder`, read by the package tokenizers, must give the tokenizer's ids: of `TEXT`, and of all
+    tokens of a tiktoken vocabulary one behind the other.
+
+    Raises:
+        RunError: they do not.
+        UserError: the package is missing.
+    """
+    written = HuggingFaceTokenizer.open(folder)
+    if (written.eos_id, written.vocab_size) != (tokenizer.eos_id, tokenizer.vocab_size):
+        raise RunError(f"{folder.name}: tokenizer.json has another end of text or another size than the tokenizer")
+    texts = [TEXT]
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        texts.append(tokenizer.decode(range(tokenizer.vocab_size)))
+    for text in texts:
+        ours, theirs = tokenizer.encode(text), written.encode(text)
+        if ours != theirs:
+            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(theirs))
+            near = tokenizer.decode(ours[max(0, place - 3) : place + 5])
+            raise RunError(
+                f"a tokenizer.json of this vocabulary gives other ids than tiktoken does, first near {near!r}; export "
+                "with --no-verify and use the vocabulary itself"
+            )
+
+
+def verify_llama(checkpoint: Checkpoint, model: ModelConfig, tokenizer: Tokenizer, folder: Path, dtype: str) -> str:
+    """transformers must load the folder with no key missing and none left over, and its logits must be ours. One model
+    is in memory at a time.
+
+    Args:
+        dtype: of the weights in the folder; both models compute in float32.
+
+    Returns:
+        What was found, in a line.
+
+    Raises:
+        RunError: they differ by more than `BOUNDS`.
+    """
+    try:
+        import transformers
+    except ImportError:
+        return (
+            "NOT VERIFIED: the package transformers, which would read the folder, is missing. pip install transformers "
+            "and export again, or compare by hand"
+        )
+    rows = _rows(model, tokenizer)
+    expected = _our_logits(checkpoint, model, rows)
+    peer, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    wrong = {kind: keys for kind, keys in found.items() if keys and kind != "error_msgs"}
+    if wrong or type(peer).__name__ != "LlamaForCausalLM":
+        raise RunError(f"transformers does not load the export as it should: {type(peer).__name__}, {wrong}")
+    with torch.inference_mode():
+        logits = peer.eval()(rows).logits
+    difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+    agreeing = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    line = (
+        f"transformers {transformers.__version__}: no key missing, none unexpected; largest difference of "
+        f"{expected.numel():,} logits {difference:.3g} (the largest logit is {largest:.3g}); the most likely token is "
+        f"the same at {agreeing:.1%} of {rows.numel()} places"
+    )
+    if not difference <= BOUNDS[dtype] * largest:
+        raise RunError(
+            f"the export is not the model: {line}. At most {BOUNDS[dtype]:g} of the largest logit is taken for {dtype}"
+            + ("; try --dtype float32" if dtype != "float32" else "")
+        )
+    return f"verified: {line}"
+
+
+def verify_yulan(checkpoint: Checkpoint, model: ModelConfig, folder: Path, dtype: str) -> str:
+    """Our importer must give back every parameter to the bit (matrices rounded to `dtype`), and the model.
+
+    Raises:
+        RunError: it does not.
+    """
+    opened = open_hugging_face(folder)
+    check_tensors(opened, model)
+    if opened.model.to_published() != model.to_published():
+        raise RunError(f"{CONFIG} of the export does not give the model back")
+    parameters = {name: torch.empty(shape) for name, shape in parameter_shapes(model).items()}
+    load_hugging_face(opened, parameters)
+    for name, stored in read_parts(checkpoint, parameters):
+        expected = stored if is_replicated(name) else stored.to(getattr(torch, dtype)).float()
+        if not torch.equal(parameters.pop(name).view(torch.int32), expected.view(torch.int32)):
+            raise RunError(f"the export is not the model: {name} differs")
+    return f"verified: {len(parameter_shapes(model))} tensors, read again, are the checkpoint's to the bit"
+
+
+def _rows(model: ModelConfig, tokenizer: Tokenizer) -> Tensor:
+    """(2, seq) ids: `TEXT`, and ids spread over the vocabulary."""
+    ids = tokenizer.encode(TEXT)[: min(_ROW, model.max_position_embeddings)]
+    spread = torch.linspace(0, model.vocab_size - 1, len(ids)).long()
+    return torch.stack((torch.tensor(ids), spread))
+
+
+@torch.inference_mode()
+def _our_logits(checkpoint: Checkpoint, model: ModelConfig, rows: Tensor) -> Tensor:
+    with torch.device("meta"):  # random values for billions of weights would take minutes
+        decoder = Decoder(model)
+    decoder.to_empty(device="cpu")
+    store.load(checkpoint, {"model": dict(decoder.named_parameters())})
+    return decoder(rows)

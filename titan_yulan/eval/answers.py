@@ -1,0 +1,165 @@
+"""Whether what a model wrote is the answer.
+
+number       the last number that it wrote is the answer's last number (GSM8K)
+mathematics  its last \\boxed{...}, else what follows "the answer is", else its last number, is equivalent to the
+             answer (MATH; see `equivalent`)
+contains     the share of the answers that occur in it, whatever their case (RULER)
+""           it is the answer, but for blanks around it
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from titan_yulan.eval.formula import same_value
+
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+_ANSWER_IS = re.compile(r"answer is:?\s*(.+?)(?:\.(?:\s|$)|\n|$)", re.IGNORECASE)
+_OPENING, _CLOSING = "([{", ")]}"
+
+# What a formula may be written with, and without, in this order.
+_LAYOUT = (
+    (r"\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![A-Za-z])", ""),
+    (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[!,;: ]|~", " "),
+    (r"\^\s*\{?\\circ\}?|\\degree|°", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\(?:le|leq|leqslant)(?![A-Za-z])", "<="),
+    (r"\\(?:ge|geq|geqslant)(?![A-Za-z])", ">="),
+    (r"\\neq?(?![A-Za-z])", "!="),
+    (r"\\(?:cdot|times)(?![A-Za-z])|×|·", "*"),
+    (r"\\div(?![A-Za-z])|÷", "/"),
+    (r"\\(?:\$|%|#|&)|[$%]", ""),
+    (r"\\\{", "{{"),
+    (r"\\\}", "}}"),
+    (r"(?<=\d),(?=\d{3}(?!\d))(?!\s)", ""),
+)
+# A measured number: the unit is not compared.
+_UNIT = re.compile(
+    r"(?<=[\d}])(?:\s*(?:degrees?|cm|mm|km|inch(?:es)?|feet|foot|ft|miles?|meters?|units?|square|cubic|hours?|minutes?|"
+    r"seconds?|days?|dollars?|cents?|mph|percent|pounds?|grams?|kg)\b|\s+(?:m|in)\b)+(?:\s*\^\s*\{?\d\}?)?\s*"
+)
+
+
+def grade(written: str, answers: Sequence[str], how: str) -> float:
+    """1.0 where what was written is the answer in the sense of `how` (see above), or a share from 0 to 1."""
+    if how == "number":
+        found = last_number(written)
+        return float(found is not None and any(found == last_number(answer) for answer in answers))
+    if how == "mathematics":
+        found_text = mathematical_answer(written)
+        return float(found_text is not None and any(equivalent(found_text, answer) for answer in answers))
+    if how == "contains":
+        return sum(answer.lower() in written.lower() for answer in answers) / len(answers)
+    return float(written.strip() in [answer.strip() for answer in answers])
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text; commas may group its digits by three."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def boxed(text: str) -> str | None:
+    """The content of the last \\boxed{...} (or \\boxed x) of a text; None: there is none, or it is not closed."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].removeprefix("\\boxed").removeprefix("\\fbox").lstrip()
+    if not rest.startswith("{"):
+        return rest.split()[0].strip("$.,") if rest else None
+    depth = 0
+    for place, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[1:place]
+    return None
+
+
+def mathematical_answer(text: str) -> str | None:
+    """What a solution ends with: the last box, else what follows "the answer is", else the last number."""
+    if (found := boxed(text)) is not None:
+        return found
+    if said := _ANSWER_IS.findall(text):
+        return said[-1]
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def equivalent(first: str, second: str) -> bool:
+    """Whether two answers in LaTeX are the same.
+
+    Layout, spaces, units, dollar and percent signs, degrees, and a leading "x =" do not count. Lists, points,
+    intervals, sets and matrices must have equal brackets and equivalent entries (those of a set in any order). Equal
+    text is the same, whatever its case; so are formulas of equal value, for any values of their letters
+    (`eval.formula`). Everything else differs.
+    """
+    left, right = _plain(first), _plain(second)
+    if not left or not right:
+        return False
+    return _same(left, right)
+
+
+def _plain(text: str) -> str:
+    for pattern, by in _LAYOUT:
+        text = re.sub(pattern, by, text)
+    text = _UNIT.sub("", text.strip())
+    text = re.sub(r"\\(frac|sqrt)\s*(?=\w)", r"\\\1 ", text)
+    text = re.sub(r"^\s*\\?[A-Za-z]\w?(?:\([a-z]\))?\s*(?:=|\\in)(?!=)", "", text)
+    return text.strip().rstrip(".,").strip()
+
+
+def _same(left: str, right: str) -> bool:
+    if _bare(left) == _bare(right):
+        return True
+    parts, others = _entries(left), _entries(right)
+    if len(parts) > 1 or len(others) > 1 or _brackets(left) != _brackets(right):
+        if len(parts) != len(others) or _brackets(left) != _brackets(right):
+            return False
+        return _same_set(parts, others) if _brackets(left) in ("", "{}") else all(map(_same, parts, others))
+    if "=" in left and "=" in right and not re.search(r"[<>!]=", left + right):
+        sides = [side.split("=") for side in (left, right)]
+        return len(sides[0]) == len(sides[1]) and all(map(_same, *sides))
+    return same_value(left, right)
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"\s+", "", text).lower()
+
+
+def _same_set(parts: list[str], others: list[str]) -> bool:
+    left = list(others)
+    for part in parts:
+        match = next((other for other in left if _same(part, other)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _brackets(text: str) -> str:
+    """The kind of brackets around a list: "(]", "{}", ... ; "" where there are none, or around no list."""
+    if text.startswith("{{") and text.endswith("}}"):
+        return "{}"
+    if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and len(_split(text[1:-1])) > 1:
+        return text[0] + text[-1]
+    return ""
+
+
+def _entries(text: str) -> list[str]:
+    brackets = _brackets(text)
+    inner = text[2:-2] if brackets == "{}" else text[1:-1] if brackets else text
+    return [entry.strip() for entry in _split(inner)]
+
+
+def _split(text: str) -> list[str]:
+    """The parts between the commas (or words "and", "or") that stand in no bracket."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(r"[(\[{]|[)\]}]|,|\b(?:and|or)\b|\\\\|&", text):
+        found = match.group()
+        depth += (found in _OPENING) - (found in _CLOSING)
+        if depth == 0 and found not in _CLOSING:
+            parts.append(text[start : match.start()])
+            start = match.end()
+    return [part for part in [*parts, text[start:]] if part.strip()]

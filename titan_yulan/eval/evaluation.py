@@ -1,0 +1,140 @@
+"""`titan-yulan eval`: a model, or the ends of a run's phases, on tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titan_yulan.checkpoint.layout import find_checkpoints
+from titan_yulan.data.report import Say, say_now
+from titan_yulan.errors import UserError
+from titan_yulan.eval.evaluate import Evaluator
+from titan_yulan.eval.find_work import Work, find_work
+from titan_yulan.eval.open_model import in_precision, open_device, open_model
+from titan_yulan.eval.report import Report, write_reports
+from titan_yulan.eval.share import Share
+from titan_yulan.parallel import process
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `titan-yulan eval` is asked for.
+
+    tasks: names as in `eval.find_work.find_work`, of whose requests the first `limit` are taken.
+    requests: folder of request files; output: folder for the reports; None: none.
+    context: tokens of a row; None: as many as the model was trained with.
+    batch_tokens, max_new_tokens, execute_code: as in `eval.evaluate.Evaluator`.
+    precision: float32 or bfloat16; None: the model's own.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    requests: Path | None = None
+    output: Path | None = None
+    context: int | None = None
+    batch_tokens: int = 16384
+    max_new_tokens: int | None = None
+    execute_code: bool = False
+    device: str | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "context", "batch_tokens", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if not self.tasks:
+            raise UserError("--tasks names no task")
+
+
+def evaluate(run: Path, settings: Settings, say: Say = say_now) -> Report:
+    """The numbers of one model. Under torchrun its ranks share the requests; each holds the whole model.
+
+    Args:
+        run: run folder (its newest checkpoint), checkpoint folder, or Hugging Face folder.
+
+    Raises:
+        UserError: the request is wrong, or the model or the requests cannot be read.
+        RunError: the model is damaged, or gives numbers that are not finite.
+    """
+    with _Ranks(say) as ranks:
+        works = find_work(settings.tasks, run, settings.requests, settings.limit)
+        report = _evaluate(run, "", works, settings, ranks)
+        ranks.close([report], settings)
+        return report
+
+
+def evaluate_series(run: Path, settings: Settings, against: Path | None = None, say: Say = say_now) -> list[Report]:
+    """The numbers at the ends of a run's phases that its folder has kept, in order; before them those of `against`.
+
+    Raises:
+        UserError, RunError: as `evaluate`; or no phase of the run has ended.
+    """
+    ends = [checkpoint for checkpoint in find_checkpoints(run / "checkpoints") if checkpoint.state().phase_finished]
+    if not ends:
+        raise UserError(f"{run} holds no checkpoint of the end of a phase")
+    models = [(checkpoint.path, checkpoint.state().phase) for checkpoint in ends]
+    if against is not None:
+        models.insert(0, (against, str(against)))
+    with _Ranks(say) as ranks:
+        works = find_work(settings.tasks, ends[-1].path, settings.requests, settings.limit)
+        reports = [_evaluate(path, phase, works, settings, ranks) for path, phase in models]
+        ranks.close(reports, settings, against is not None)
+        return reports
+
+
+def _evaluate(run: Path, title: str, works: Sequence[Work], settings: Settings, ranks: _Ranks) -> Report:
+    place = open_device(settings.device)
+    model = open_model(run)
+    context = model.context if settings.context is None else settings.context
+    if context > model.longest:
+        raise UserError(f"--context must be at most {model.longest} for this model")
+    precision = settings.precision or model.precision
+    decoder = in_precision(model.decoder, getattr(torch, precision), place)
+    evaluator = Evaluator(
+        decoder,
+        model.tokenizer,
+        context,
+        settings.batch_tokens,
+        ranks.share,
+        ranks.say,
+        settings.max_new_tokens,
+        settings.execute_code,
+    )
+    evaluator.check(works)
+    results = []
+    for work in works:
+        ranks.say(f"{work.task.name}: {len(work.items):,} requests")
+        results.append(evaluator(work))
+    facts = {"precision": precision, "context": context, "device": str(place), "limit": settings.limit}
+    return Report(title or str(run), str(run), model.fingerprint, facts, results)
+
+
+class _Ranks:
+    """The ranks that torchrun started, or this process alone; a group while it is open."""
+
+    def __init__(self, say: Say) -> None:
+        self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.say = say if self._rank == 0 else lambda line: None
+
+    def __enter__(self) -> _Ranks:
+        self._began = self._size > 1 and not dist.is_initialized()
+        if self._began:
+            dist.init_process_group("gloo")
+        self.share = Share(self._rank, self._size, dist.group.WORLD if self._size > 1 else None)
+        return self
+
+    def close(self, reports: Sequence[Report], settings: Settings, against: bool = False) -> None:
+        """Write and print what was found, once."""
+        if self._rank == 0:
+            for line in write_reports(reports, settings.output, against):
+                self.say(line)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._began and kind is None:  # after an error others may wait in a collective
+            process.leave()

@@ -1,0 +1,80 @@
+"""A model of ours for EleutherAI's lm-evaluation-harness, an optional package.
+
+from lm_eval import simple_evaluate
+from titan_yulan.eval.lm_eval_adapter import TitanYulan
+simple_evaluate(model=TitanYulan("runs/yulan_mini"), tasks=["arc_easy"])
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_yulan.errors import UserError
+from titan_yulan.eval.likelihood import Likelihoods, encode_pair, encode_text
+from titan_yulan.eval.open_model import in_precision, open_device, open_model
+from titan_yulan.eval.requests import DEFAULT_NEW_TOKENS, Generation
+from titan_yulan.eval.write import Writer
+
+try:
+    from lm_eval.api.model import LM
+except ImportError as error:
+    raise UserError("the package lm-eval is not installed: pip install 'titan-yulan[eval]'") from error
+
+
+class TitanYulan(LM):
+    """A run (its newest checkpoint), a checkpoint or a Hugging Face Llama folder, in one process."""
+
+    def __init__(
+        self,
+        run: Path | str,
+        context: int | None = None,
+        batch_tokens: int = 16384,
+        device: str | None = None,
+        precision: str | None = None,
+    ) -> None:
+        """
+        Args:
+            context: tokens of a row, at most; None: as many as it was trained with.
+            batch_tokens: tokens of a batch, padding included.
+            precision: float32 or bfloat16; None: the model's own.
+
+        Raises:
+            UserError: the model cannot be opened.
+        """
+        super().__init__()
+        model = open_model(Path(run))
+        self.tokenizer, self.context = model.tokenizer, context or model.context
+        decoder = in_precision(model.decoder, getattr(torch, precision or model.precision), open_device(device))
+        self._likelihoods = Likelihoods(decoder, self.context, batch_tokens)
+        self._writer = Writer(decoder, self.tokenizer, self.context, batch_tokens)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether it is the likeliest) for each (context, continuation)."""
+        found = self._likelihoods([encode_pair(self.tokenizer, *request.args) for request in requests])
+        return [(value.logprob, value.greedy) for value in found]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Log-likelihood of each whole text."""
+        windows = [encode_text(self.tokenizer, self.tokenizer.encode(r.args[0]), self.context) for r in requests]
+        values = iter(self._likelihoods([window for part in windows for window in part]))
+        return [sum(next(values).logprob for _ in part) for part in windows]
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """What is written after each context, up to a stop; sampling is refused.
+
+        Raises:
+            UserError: a request samples.
+        """
+        asked = []
+        for number, request in enumerate(requests):
+            context, options = request.args
+            if options.get("do_sample") or options.get("temperature", 0.0) > 0:
+                raise UserError("generate_until: only the likeliest token is taken; set do_sample: false in the task")
+            until = options.get("until") or []
+            stop = (until,) if isinstance(until, str) else tuple(until)
+            tokens = options.get("max_gen_toks", DEFAULT_NEW_TOKENS)
+            asked.append(Generation(str(number), context, stop, min(tokens, self.context - 1)))
+        return [written.text for written in self._writer(asked)]

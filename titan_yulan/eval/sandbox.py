@@ -1,0 +1,126 @@
+"""Run a program that a model wrote, in a process of its own that can do little.
+
+Kept from it: processor time, real time, memory, the size of files and of its output; writing outside its temporary
+folder and TCP connections (Landlock, Linux 5.13 and 6.7); from Python code also starting processes, any socket, and
+changing modes, owners or times of files (an audit hook). It gets no variables of the environment and no input.
+
+Not kept from it: reading files that the user can read, using bugs of the interpreter or the kernel, and, from native
+code that it loads, what the audit hook refuses. A model that may be hostile belongs into a virtual machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+from titan_yulan.errors import UserError
+
+SECONDS = 10.0
+MEMORY = 1 << 30  # bytes of addresses
+_FILE_SIZE = 1 << 20
+_SHOWN = 500  # characters of an error
+_CREATE_RULESET = 444  # the number of the system call, on every architecture
+
+# Runs in the new interpreter. Its standard input holds a word and the program; the word is printed only when the
+# program has run to its end, so that a program that leaves early has not passed.
+_GUARD = r"""
+import ctypes, os, resource, sys
+folder, seconds, memory, file_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+word, _, program = sys.stdin.read().partition("\n")
+libc = ctypes.CDLL(None, use_errno=True)
+abi = libc.syscall(444, None, 0, 1)
+if abi < 1:
+    sys.exit("no Landlock")
+# write, remove and make files of all kinds; from later versions on also moving, truncating and device calls
+writes = sum(1 << bit for bit in (1, *range(4, 13)))
+writes |= (1 << 13 if abi >= 2 else 0) | (1 << 14 if abi >= 3 else 0) | (1 << 15 if abi >= 5 else 0)
+rules = (ctypes.c_uint64 * 3)(writes, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+ruleset = libc.syscall(444, rules, size, 0)
+class Below(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("access", ctypes.c_uint64), ("descriptor", ctypes.c_int32)]
+below = Below(writes, os.open(folder, os.O_PATH))
+done = ruleset >= 0 and libc.syscall(445, ruleset, 1, ctypes.byref(below), 0) == 0
+done = done and libc.prctl(38, 1, 0, 0, 0) == 0 and libc.syscall(446, ruleset, 0) == 0
+if not done:
+    sys.exit(f"Landlock refuses: {os.strerror(ctypes.get_errno())}")
+for name, value in (("CPU", seconds), ("AS", memory), ("FSIZE", file_size), ("CORE", 0), ("NOFILE", 64)):
+    resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+refused = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "socket.",
+           "pty.", "ctypes.", "resource.setrlimit", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr")
+def guard(event, arguments):
+    if event.startswith(refused):
+        raise PermissionError(f"{event} is not allowed here")
+printed = os.dup(1)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.chdir(folder)
+sys.setrecursionlimit(2000)
+del sys.argv[1:]
+sys.addaudithook(guard)
+exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+os.write(printed, b"\n" + word.encode())
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a program ran to its end, and if not, why."""
+
+    passed: bool
+    reason: str = ""
+
+
+def check_sandbox() -> None:
+    """See that programs can be kept in.
+
+    Raises:
+        UserError: this system has no Landlock, or it is switched off.
+    """
+    version = -1
+    if sys.platform == "linux":
+        version = ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        raise UserError(
+            "--execute-code: this system cannot keep a program from writing (it needs Linux 5.13 or newer with "
+            "Landlock); run the evaluation where it can, or leave these tasks out"
+        )
+
+
+def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
+    """Whether `program` (Python) runs to its end within `seconds` and `memory` bytes; see the head of this file."""
+    word = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="titan-yulan-program-") as folder:
+        arguments = [folder, str(int(seconds) + 1), str(memory), str(_FILE_SIZE)]
+        with open(os.path.join(folder, "printed"), "w+b") as printed, tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _GUARD, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=errors,
+                cwd=folder,
+                env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+                start_new_session=True,
+            )
+            try:
+                process.communicate(f"{word}\n{program}".encode(errors="replace"), timeout=seconds)
+            except subprocess.TimeoutExpired:
+                return Outcome(False, f"not done after {seconds:g} s")
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            printed.seek(max(0, printed.seek(0, os.SEEK_END) - len(word)))
+            if process.returncode == 0 and printed.read() == word.encode():
+                return Outcome(True)
+            errors.seek(0)
+            lines = errors.read(_FILE_SIZE).decode(errors="replace").strip().splitlines()
+    if process.returncode < 0:
+        return Outcome(False, f"ended by {signal.Signals(-process.returncode).name}")
+    return Outcome(False, lines[-1][:_SHOWN] if lines else "it left before its end")

@@ -1,0 +1,176 @@
+"""What a model writes after a context, token by token the likeliest one, many contexts at a time.
+
+Keys and values of what was read are kept, so that a new token costs one row. The decoder is written without such a
+memory: it asks a `Sharding` to attend, and here that is one which remembers. Contexts of different lengths are padded
+at their beginnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from titan_yulan.data.tokenizer import Tokenizer
+from titan_yulan.errors import UserError
+from titan_yulan.eval.batches import batches_of
+from titan_yulan.eval.requests import Generation
+from titan_yulan.eval.share import Share
+from titan_yulan.model import Decoder
+from titan_yulan.model.attend import attend
+from titan_yulan.model.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, without the stop; its tokens; whether the context lost its first tokens for want of room."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
+class _Memory(Sharding):
+    """Attends to all that was read before, too."""
+
+    def __init__(self, pads: Tensor, length: int) -> None:
+        """
+        Args:
+            pads: (rows,) how many of the first places of a row are padding.
+            length: most places of a row.
+        """
+        self.pads, self.length = pads, length
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.read = self.layer = 0
+
+    def begin(self, new: int) -> Tensor:
+        """To be called before `new` places are read: their rotary positions (rows, new)."""
+        self.layer, first, self.read = 0, self.read, self.read + new
+        queries = torch.arange(first, self.read, device=self.pads.device)[:, None]
+        keys = torch.arange(self.read, device=self.pads.device)
+        real = keys >= self.pads[:, None, None]
+        # padding sees itself, or its softmax would be over nothing
+        self.mask = (((keys <= queries) & real) | (keys == queries))[:, None]
+        return (queries.T - self.pads[:, None]).clamp(min=0)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        """`model.attend.attend` to all places that were read; mask and causal are known here."""
+        if len(self.kept) == self.layer:
+            shape = (key.shape[0], self.length, *key.shape[2:])
+            self.kept.append((key.new_empty(shape), value.new_empty(shape)))
+        keys, values = self.kept[self.layer]
+        first = self.read - key.shape[1]
+        keys[:, first : self.read], values[:, first : self.read] = key, value
+        self.layer += 1
+        return attend(query, keys[:, : self.read], values[:, : self.read], scale, self.mask, causal=False)
+
+
+class Writer:
+    """Continues contexts with a decoder that no two ranks share; see the head of this file."""
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, context: int, batch_tokens: int, share: Share | None = None
+    ) -> None:
+        """
+        Args:
+            decoder: on the device and in the types that it computes in.
+            context: tokens of a row, at most; longer contexts lose their first tokens.
+            batch_tokens: tokens of a batch, padding and what may be written included.
+            share: how ranks share the work; None: there is one.
+        """
+        self.decoder, self.tokenizer, self.context, self.batch_tokens = decoder, tokenizer, context, batch_tokens
+        self.share = share or Share()
+        self.device = decoder.model.embed_tokens.weight.device
+
+    def __call__(
+        self, requests: Sequence[Generation], progress: Callable[[int], None] = lambda done: None
+    ) -> list[Written]:
+        """What the model writes for each request, on all ranks.
+
+        Args:
+            progress: called with the number of requests that are done.
+
+        Raises:
+            UserError: a request may write more than the model reads.
+        """
+        prompts = []
+        for request in requests:
+            if request.max_new_tokens >= self.context:
+                raise UserError(
+                    f"request {request.id} may write {request.max_new_tokens} tokens, and the model reads "
+                    f"{self.context}: lower --max-new-tokens, or raise --context if the model can"
+                )
+            prompts.append(self.tokenizer.encode(request.context) or [self.tokenizer.eos_id])
+        rooms = [self.context - request.max_new_tokens for request in requests]
+        done = 0
+
+        def work(batch: list[int]) -> dict[int, Written]:
+            nonlocal done
+            texts = self._write([prompts[i][-rooms[i] :] for i in batch], [requests[i] for i in batch])
+            done += len(batch) * self.share.size
+            progress(min(done, len(requests)))
+            cuts = [len(prompts[i]) > rooms[i] for i in batch]
+            return {i: Written(*text, cut) for i, text, cut in zip(batch, texts, cuts, strict=True)}
+
+        lengths = [len(prompts[i][-rooms[i] :]) + requests[i].max_new_tokens for i in range(len(requests))]
+        found = self.share.run(batches_of(lengths, self.batch_tokens), work)
+        return [found[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _write(self, prompts: list[list[int]], requests: list[Generation]) -> list[tuple[str, int]]:
+        """Text and number of tokens for each prompt."""
+        length = max(map(len, prompts))
+        pads = [length - len(prompt) for prompt in prompts]
+        inputs = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
+        inputs = inputs.to(self.device)
+        most = max(request.max_new_tokens for request in requests)
+        written: list[list[int]] = [[] for _ in prompts]
+        writing = set(range(len(prompts)))
+        memory = _Memory(torch.tensor(pads, device=self.device), length + most)
+
+        def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+            return hidden[:, -1] @ weight.t()
+
+        with _attending(self.decoder, memory):
+            while True:
+                positions = memory.begin(inputs.shape[1])
+                logits = self.decoder(inputs, position_ids=positions, head=last_logits)
+                inputs = logits[:, : self.tokenizer.vocab_size].argmax(1, keepdim=True)
+                for row, token in enumerate(inputs[:, 0].tolist()):
+                    if row in writing and not self._goes_on(written[row], token, requests[row]):
+                        writing.remove(row)
+                if not writing:
+                    break
+        return [
+            (_before(self.tokenizer.decode(ids), request.stop), len(ids))
+            for ids, request in zip(written, requests, strict=True)
+        ]
+
+    def _goes_on(self, ids: list[int], token: int, request: Generation) -> bool:
+        """Add a token to what a request has written, unless it ends the text; whether there is more to write."""
+        if token == self.tokenizer.eos_id:
+            return False
+        ids.append(token)
+        # a stop of n bytes lies in the last n tokens, where it ends in the last one
+        reach = max((len(stop.encode()) for stop in request.stop), default=0)
+        tail = self.tokenizer.decode(ids[-reach:]) if reach else ""
+        return len(ids) < request.max_new_tokens and not any(stop in tail for stop in request.stop)
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    places = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text
+
+
+@contextmanager
+def _attending(decoder: Decoder, memory: _Memory) -> Iterator[None]:
+    before, decoder.model.sharding = decoder.model.sharding, memory
+    try:
+        yield
+    finally:
+        decoder.model.sharding = before
