@@ -198,6 +198,7 @@ def _checkpoint_verbs(verbs) -> None:
     export.add_argument("--output", required=True, metavar="DIR", help="the folder to make")
     export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     export.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest size of one file (default: 5GB)")
+    export.add_argument("--with-optimizer", action="store_true", help="yulan in float32: Adam's moments too")
     export.add_argument("--no-verify", action="store_true", help="do not load the result and compare it")
     prune = _verb(
         checkpoint, "prune", "delete all but the newest checkpoints and the ends of phases", _checkpoint_prune
@@ -477,6 +478,7 @@ def _export(options: argparse.Namespace) -> None:
         options.format,
         dtype=options.dtype,
         shard_size=options.shard_size,
+        with_optimizer=options.with_optimizer,
         verify=not options.no_verify,
     )
 

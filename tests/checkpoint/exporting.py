@@ -56,7 +56,12 @@ def describe(model: ModelConfig, tokenizer: Path, **phase_options: Any) -> tuple
 
 
 def write_checkpoint(
-    folder: Path, model: ModelConfig, tensors: dict[str, Tensor], tokenizer: Path, **phase_options: Any
+    folder: Path,
+    model: ModelConfig,
+    tensors: dict[str, Tensor],
+    tokenizer: Path,
+    optimizer: dict[str, Tensor] | None = None,
+    **phase_options: Any,
 ) -> Path:
     """A checkpoint of one process, below the run folder `folder`."""
     toml, state = describe(model, tokenizer, **phase_options)
@@ -65,7 +70,7 @@ def write_checkpoint(
     writer = HashingWriter(path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save({"model": tensors}, storage_writer=writer, no_dist=True)
+        dcp.save({"model": tensors, "optimizer": optimizer or {}}, storage_writer=writer, no_dist=True)
     layout.commit(path, writer.hashing.files, state, toml)
     return path
 

@@ -21,13 +21,17 @@ from tests.distributed.ranks import run_ranks
 from titan_yulan.checkpoint import export as exporting
 from titan_yulan.checkpoint import fold
 from titan_yulan.checkpoint.export import export, parse_size
+from titan_yulan.checkpoint.exported_state import has_state, open_exported_state
 from titan_yulan.checkpoint.hugging_face import open_hugging_face, parameter_shapes
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
+from titan_yulan.checkpoint.universal_state import load_universal
 from titan_yulan.cli import main
 from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.sections import OptimizerSection
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.model import Decoder
+from titan_yulan.optimizer.adamw import build_adamw, optimizer_state
 
 transformers = pytest.importorskip("transformers")
 
@@ -175,13 +179,65 @@ def test_scalars_and_norms_keep_float32(tmp_path: Path, run: Path) -> None:
         assert tensor.dtype == (torch.float32 if "norm" in name or "alpha" in name else torch.float16), name
 
 
-def test_a_checkpoint_of_three_ranks(tmp_path: Path, vocabulary: Path) -> None:
-    run_ranks(write_sharded, 3, tmp_path / "run", YULAN, vocabulary)
-    assert len(list(tmp_path.rglob("*.distcp"))) == 3
+def test_a_checkpoint_of_two_ranks_with_uneven_shares(tmp_path: Path, vocabulary: Path) -> None:
+    model = replace(YULAN, vocab_size=331)
+    run_ranks(write_sharded, 2, tmp_path / "run", model, vocabulary)
+    assert len(list(tmp_path.rglob("*.distcp"))) == 2
     export(tmp_path / "run", tmp_path / "yulan", "yulan")
-    written, state = stored(tmp_path / "yulan"), random_state(YULAN)
+    written, state = stored(tmp_path / "yulan"), random_state(model)
     assert all(torch.equal(written[name].view(-1), tensor.view(-1)) for name, tensor in state.items())
     assert written.keys() == state.keys()
+
+
+def step(decoder: Decoder, optimizer: torch.optim.AdamW, seed: int) -> None:
+    """One update on random rows."""
+    rows = torch.randint(330, (2, 12), generator=torch.Generator().manual_seed(seed))
+    torch.nn.functional.cross_entropy(decoder(rows)[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trainable(state: dict[str, torch.Tensor]) -> tuple[Decoder, torch.optim.AdamW]:
+    decoder = Decoder(YULAN)
+    decoder.load_state_dict(state)
+    return decoder, build_adamw(decoder, YULAN, OptimizerSection(learning_rate=0.01))
+
+
+def test_the_next_update_after_an_export_with_the_optimizer_is_the_same(tmp_path: Path, vocabulary: Path) -> None:
+    decoder, optimizer = trainable(random_state(YULAN))
+    for seed in range(3):
+        step(decoder, optimizer, seed)
+    state = optimizer_state(decoder, optimizer)
+    write_checkpoint(tmp_path / "run", YULAN, dict(decoder.state_dict()), vocabulary, state)
+    lines: list[str] = []
+    export(tmp_path / "run", tmp_path / "a", "yulan", with_optimizer=True, shard_size="20KB", report=lines.append)
+    assert lines[-2].endswith("\nverified: the moments too, after 3 updates")
+    assert has_state(tmp_path / "a") and not has_state(tmp_path / "run")
+    folder = open_exported_state(tmp_path / "a")
+    assert (folder.progress.step, folder.progress.tokens, folder.progress.trained) == (3, 3 * 128, 3)
+    other, others = trainable(random_state(YULAN, seed=7))
+    load_universal(folder, dict(other.named_parameters()), optimizer_state(other, others))
+    step(decoder, optimizer, 3)
+    step(other, others, 3)
+    for (name, parameter), expected in zip(other.named_parameters(), decoder.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    for name, tensor in optimizer_state(other, others).items():
+        assert torch.equal(tensor, optimizer_state(decoder, optimizer)[name]), name
+
+
+def test_an_optimizer_that_cannot_be_exported_is_told(tmp_path: Path, run: Path, vocabulary: Path) -> None:
+    with pytest.raises(UserError, match="--with-optimizer goes with --format yulan --dtype float32"):
+        export(run, tmp_path / "a", "llama", with_optimizer=True)
+    with pytest.raises(UserError, match="--with-optimizer goes with --format yulan --dtype float32"):
+        export(run, tmp_path / "a", "yulan", dtype="bfloat16", with_optimizer=True)
+    with pytest.raises(UserError, match=r"--with-optimizer: .* has no model.embed_tokens.weight.exp_avg of the right"):
+        export(run, tmp_path / "a", "yulan", with_optimizer=True)
+    state = optimizer_state(*trainable(random_state(YULAN)))
+    state["model.norm.weight.step"].fill_(2)
+    write_checkpoint(tmp_path / "run", YULAN, random_state(YULAN), vocabulary, state)
+    with pytest.raises(RunError, match=r"Adam has updated its parameters \[0, 2\] times, not alike"):
+        export(tmp_path / "run", tmp_path / "a", "yulan", with_optimizer=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 # --- what is not written ---------------------------------------------------------------------------------------------
@@ -234,7 +290,7 @@ def test_what_no_llama_can_say_is_refused_with_the_reason(tmp_path: Path, vocabu
         assert part in str(caught.value)
     model = replace(YULAN, rms_norm_style="hugging_face")
     path = write_checkpoint(tmp_path / "llama run", model, random_state(model), vocabulary)
-    with pytest.raises(UserError, match="model.rms_norm_style = 'hugging_face' has no value"):
+    with pytest.raises(UserError, match=r"model.rms_norm_style = 'hugging_face' has no value"):
         export(path, tmp_path / "yulan", "yulan")
     assert {file.name for file in tmp_path.iterdir()} == {"run", "llama run"}
 
@@ -243,7 +299,7 @@ def test_values_beyond_float16_are_named(tmp_path: Path, vocabulary: Path) -> No
     state = random_state(YULAN)
     state["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e5
     write_checkpoint(tmp_path / "run", YULAN, state, vocabulary)
-    with pytest.raises(UserError, match="--dtype: model.layers.1.mlp.up_proj.weight has values beyond the range of"):
+    with pytest.raises(UserError, match=r"--dtype: model.layers.1.mlp.up_proj.weight has values beyond the range of"):
         export(tmp_path / "run", tmp_path / "llama", "llama", dtype="float16")
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
@@ -274,7 +330,7 @@ def test_an_export_that_is_not_the_model_is_not_kept(
         return genuine(model, scalars | {"model.layers.1.down_proj_alpha": 1.0})
 
     monkeypatch.setattr(exporting.fold, "llama_targets", forgetful)
-    with pytest.raises(RunError, match="the export is not the model: transformers .* is taken for float32$"):
+    with pytest.raises(RunError, match=r"the export is not the model: transformers .* is taken for float32$"):
         export(run, tmp_path / "llama", "llama")
     monkeypatch.setattr(
         exporting.fold, "llama_targets", lambda *a: {n: t for n, t in genuine(*a).items() if n != "model.norm.weight"}

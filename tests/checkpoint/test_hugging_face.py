@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "config.json: published key 'rope_parameters' .*: only rope_type 'default' is supported",
     ),
     "biases in the MLP": (lambda f: edit_config(f, mlp_bias=True), "published key 'mlp_bias' = True is not supported"),
-    "a pickle that is none": (rename("model.safetensors", "pytorch_model.bin"), "pytorch_model.bin is damaged, incompl"),
+    "a pickle that is none": (rename("model.safetensors", "pytorch_model.bin"), "pytorch_model.bin is damaged"),
     "no weights": (remove("model.safetensors"), "has a config.json and no weights"),
     "no index": (rename("model.safetensors", "model-00001-of-00002.safetensors"), "has neither model.safetensors nor"),
     "a file too few": (index({"a": "model.safetensors", "b": "c.safetensors"}), "lacks c.safetensors, named in model"),

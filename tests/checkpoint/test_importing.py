@@ -100,9 +100,9 @@ def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
             raise OSError(28, "No space left on device")
 
         patch.setattr(importing.layout, "commit", full)
-        with pytest.raises(RunError, match="was not written: the disk that holds .* is full"):
+        with pytest.raises(RunError, match=r"was not written: the disk that holds .* is full"):
             import_checkpoint(tmp_path / "yulan", config, output, report=lambda line: None)
         assert not list(output.glob("checkpoints/*"))
     import_checkpoint(tmp_path / "yulan", config, output, report=lambda line: None)
-    with pytest.raises(UserError, match="run has checkpoints already; name a new run folder"):
+    with pytest.raises(UserError, match=r"run has checkpoints already; name a new run folder"):
         import_checkpoint(tmp_path / "yulan", config, output)

@@ -1,5 +1,5 @@
 """Folders in DeepSpeed's universal layout: how far they are, what they hold, and every reason to refuse one. Training
-on from them, on ranks: tests/distributed/test_universal.py."""
+on from them, on ranks: tests/distributed/test_published_starts.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.checkpoint.universal_folders import (
 )
 from titan_yulan.checkpoint.resume import check_start, make_plan
 from titan_yulan.checkpoint.universal import check_universal, is_universal, open_universal, read_progress
-from titan_yulan.checkpoint.universal_state import load_universal
+from titan_yulan.checkpoint.universal_state import load_universal, read_step
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import RunError, UserError
@@ -109,11 +109,24 @@ def test_a_plan_begins_at_the_step_of_the_state(folder: Path) -> None:
     assert plan.phases[0].start == Position(GLOBAL_STEP, GLOBAL_STEP * 8, GLOBAL_STEP * 8 * 16)
     assert plan.phases[0].tape_start == (0,) and plan.end.step == GLOBAL_STEP + 2
     (line,) = check_start(config)
-    assert line.startswith(f"{folder} is a state of DeepSpeed at step 5, epoch 1, 1 steps into its phase: weights, mom")
-    assert "after 640 tokens (counted in batches of this run's first phase)" in line
+    assert line.startswith(
+        f"{folder} is a state of DeepSpeed after 5 steps, epoch 1, 1 after its phase began. The run b"
+    )
+    assert "at step 5, token 640 (counted in batches of this run's first phase)" in line
     edit(folder / "trainer_state.json", num_input_tokens_seen=1234)
     assert make_plan(config, None).phases[0].start == Position(5, 40, 1234)
-    assert "after 1,234 tokens (counted by its trainer)" in check_start(config)[0]
+    assert "token 1,234 (counted by its trainer)" in check_start(config)[0]
+
+
+def test_counters_may_be_set_to_zero_and_adam_goes_on(tmp_path: Path, state: State) -> None:
+    write_universal(tmp_path / "states", state, steps=False)
+    edit(tmp_path / "states" / "trainer_state.json", global_step=0, epoch=0.0, num_input_tokens_seen=0)
+    config = begin_from(tmp_path / "states")
+    assert make_plan(config, None).phases[0].start == Position(0, 0, 0)
+    lines = check_start(config)
+    assert "after 5 steps, 1 after its phase began. " in lines[0] and "at step 0, token 0 (counted in" in lines[0]
+    assert lines[1] == "note: trainer_state.json there says global_step 0; without that file, steps are counted on"
+    assert read_step(open_universal(tmp_path / "states"), "model.norm.weight") == GLOBAL_STEP
 
 
 def test_the_step_is_in_the_folder_s_name_too(folder: Path) -> None:
@@ -131,9 +144,7 @@ def test_the_step_is_in_the_folder_s_name_too(folder: Path) -> None:
 
 def test_counters_of_another_step_are_refused(folder: Path) -> None:
     edit(folder / "trainer_state.json", global_step=6)
-    with pytest.raises(
-        UserError, match="says global_step 6, and the states are in .*global_step5_universal: take files"
-    ):
+    with pytest.raises(UserError, match=r"says global_step 6, and the states are in .*_step5_universal: take f"):
         make_plan(begin_from(folder), None)
 
 
@@ -213,7 +224,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "integers": (saved("exp_avg", torch.ones(31, dtype=torch.int64)), "holds tensors of type I64; F32, BF16, F16 can"),
     "states not there": (
         latest("global_step9_universal"),
-        "names 'global_step9_universal', and .*zero is not there. F",
+        "names 'global_step9_universal', and .*zero is not there",
     ),
     "a path out": (latest("../states/x"), "latest_universal names '../states/x', and"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),

@@ -171,6 +171,15 @@ def test_built_in_domains_use_one_name_for_a_file() -> None:
     assert not [name for name in names["code"] if "/test/" in name or "site-packages" in name]
 
 
+def test_parts_of_a_domain_have_no_file_in_common_and_make_it_up() -> None:
+    parts = [corpus.builtin_files(f"math/{package}") for package in ("sympy", "mpmath", "networkx")]
+    assert sorted(file for part in parts for file in part) == corpus.builtin_files("math")
+    assert sum(map(len, parts)) == len(corpus.builtin_files("math")) and min(map(len, parts)) > 10
+    assert {file.kind for file in find_inputs(["builtin:prose/stdlib"])} == {"docstrings"}
+    with pytest.raises(UserError, match=r"unknown part 'builtin:math/numpy': builtin:math is made of sympy, mpmath"):
+        corpus.builtin_files("math/numpy")
+
+
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install sympy"):

@@ -134,7 +134,7 @@ def test_empty_parts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("broken")
     with pytest.raises(UserError, match="1 bad rows skipped"):
         make(str(tmp_path / "b.jsonl"), tmp_path / "out")
-    with pytest.raises(UserError, match="cannot have the folder"):
+    with pytest.raises(UserError, match="must be apart"):
         make(str(tmp_path / "a.jsonl"), tmp_path / "out", validation_output=tmp_path / "out", validation_share=0.1)
     with pytest.raises(UserError, match="both or neither"):
         make(str(tmp_path / "a.jsonl"), tmp_path / "out", validation_share=0.1)

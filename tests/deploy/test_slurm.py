@@ -56,7 +56,8 @@ node = os.environ["NODE_RANK"]
 path = os.path.join(os.environ["CLUSTER"], "codes" + node)
 code, *rest = open(path).read().split()
 open(path, "w").write(" ".join(rest))
-print("node", node, os.environ["NNODES"], os.environ["RDZV_ENDPOINT"], *sys.argv[1:], flush=True)
+words = ["node", node, os.environ["NNODES"], os.environ["RDZV_ENDPOINT"], *sys.argv[1:]]
+os.write(1, " ".join(words).encode() + b"\\n")  # at once: two nodes write into one file
 if code == "wait":
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(75))
     print("ready", flush=True)

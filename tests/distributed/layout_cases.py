@@ -130,7 +130,6 @@ def cases(short: bool) -> list[Case]:
     """The rows of the table, one process first. The short table has the layouts that contain the others' code."""
     if short:
         rows = [_FSDP_3, _HSDP, _TENSOR_3, _FSDP_TENSOR, _CONTEXT_TENSOR_NORMS]
-        rows += [replace(_FSDP_3, checkpointing="every", backend="aot_eager")]
         rows += [replace(_CONTEXT_TENSOR, checkpointing="selective", backend="aot_eager")]
         return with_one_process(rows)
     modes = ("full", "every", "selective")

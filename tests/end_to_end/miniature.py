@@ -32,7 +32,7 @@ from titan_yulan.data.tape import open_tape
 from titan_yulan.monitor.events import read_events
 
 NAME = "mini.toml"
-SOURCES = ("code", "math", "prose")
+SOURCES = ("code", "synthetic_code", "math", "synthetic_math", "english", "in_place_of_chinese")
 MOST_SECONDS = 600
 
 

@@ -78,10 +78,15 @@ def test_pairs_are_split_where_the_context_ends() -> None:
         encode_pair(BYTES, "a", "")
 
 
-def test_texts_become_windows_that_predict_every_token_once() -> None:
+def test_texts_become_windows_that_predict_every_token_once(peer_and_model: Any) -> None:
     windows = encode_text(BYTES, list(range(10)), 4)
-    assert [list(window.context) for window in windows] == [[EOS], [3], [7]]
     assert [token for window in windows for token in window.continuation] == list(range(10))
+    read = [(*window.context, *window.continuation[:-1])[-4:] for window in windows]
+    assert read == [(EOS, 0, 1, 2), (3, 4, 5, 6), (5, 6, 7, 8)]
+    peer, model = peer_and_model
+    found = Likelihoods(model.decoder, 4, 64)(windows)
+    for window, value in zip(windows, found, strict=True):
+        assert value.logprob == pytest.approx(direct(peer, window, 4)[0], rel=1e-5)
 
 
 def test_batches_hold_every_row_once_within_the_budget() -> None:

@@ -74,9 +74,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_requests(tmp_path / "b.jsonl.gz")
 
 
-def line(doc: int, idx: int, context: str, continuation: str, label: Any = 0, **more: Any) -> dict[str, Any]:
+def line(number: int, idx: int, context: str, continuation: str, label: Any = 0, **more: Any) -> dict[str, Any]:
     request = {"context": context, "continuation": continuation, **more.pop("request", {})}
-    return {"request_type": "loglikelihood", "doc_id": doc, "idx": idx, "label": label, "request": request, **more}
+    return {"request_type": "loglikelihood", "doc_id": number, "idx": idx, "label": label, "request": request, **more}
 
 
 def arrow(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -15,32 +15,31 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import fold
-from titan_yulan.checkpoint.export_check import verify_llama, verify_tokenizer, verify_yulan
+from titan_yulan.checkpoint.export_check import verify_llama, verify_moments, verify_tokenizer, verify_yulan
+from titan_yulan.checkpoint.export_weights import TensorFiles
+from titan_yulan.checkpoint.exported_state import FOLDER, STATE, UPDATES, has_state
 from titan_yulan.checkpoint.hugging_face import CONFIG, parameter_shapes
 from titan_yulan.checkpoint.layout import CONFIG as RUN_CONFIG
 from titan_yulan.checkpoint.layout import Checkpoint, find_damage, open_checkpoint, sync_folder
 from titan_yulan.checkpoint.read_parts import read_parts, stored_shapes
-from titan_yulan.checkpoint.safetensors_files import Layout, in_file_order, split_into_files, write_file, write_index
+from titan_yulan.checkpoint.safetensors_files import Layout
 from titan_yulan.checkpoint.tokenizer_json import write_tokenizer
+from titan_yulan.checkpoint.universal import MOMENTS
 from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.paths import refuse_address
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError, explain_os_error
 from titan_yulan.parallel.fsdp import is_replicated
 
-FORMATS = ("llama", "yulan")
-DTYPES = ("float32", "bfloat16", "float16")
-
-# Tensors are cast in parts of so many values.
-_CAST = 2**24
 _UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3}
 
 
@@ -57,10 +56,11 @@ class Source:
 def export(
     path: Path,
     output: Path,
-    form: str,
+    form: Literal["llama", "yulan"],
     *,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     shard_size: str = "5GB",
+    with_optimizer: bool = False,
     verify: bool = True,
     report: Callable[[str], None] = print,
 ) -> None:
@@ -69,9 +69,10 @@ def export(
     Args:
         path: run folder or checkpoint folder.
         output: the folder to make.
-        form: one of `FORMATS`.
-        dtype: one of `DTYPES`; `yulan` keeps scalars and norm weights in float32 whatever it is.
+        form: the format.
+        dtype: of the weights; `yulan` keeps scalars and norm weights in float32 whatever it is.
         shard_size: largest size of one file, such as "5GB"; a tensor that is larger has a file of its own.
+        with_optimizer: of `yulan` in float32: Adam's moments too (`exported_state.py`), to train on from.
         verify: compare what was written with the checkpoint, which takes the memory of one whole model in float32.
         report: gets lines about what is done.
 
@@ -79,18 +80,25 @@ def export(
         UserError: the model has no such format, the place is taken, or the tokenizer is not the run's.
         RunError: the checkpoint is damaged, the disk full, or what was written is not the model.
     """
-    largest = parse_size(shard_size)
-    partial = output.with_name(output.name + ".partial")
-    for place in (output, partial):
-        if place.exists():
-            raise UserError(f"--output: {place} exists; delete it or choose another place")
+    if with_optimizer and (form, dtype) != ("yulan", "float32"):
+        raise UserError(
+            "--with-optimizer goes with --format yulan --dtype float32: only those weights can be trained on"
+        )
+    largest, partial = parse_size(shard_size), output.with_name(output.name + ".partial")
+    _check_place(output, partial)
     source = open_source(path)
-    targets = make_targets(source, form)
-    report(f"{source.checkpoint.path}: {len(targets)} tensors as {form} in {dtype}")
+    files = [_files(source, form, dtype, partial, largest)]
+    if with_optimizer:
+        files += _moment_files(source, partial, largest)
+    _check_space(output, files)
+    report(f"{source.checkpoint.path}: {sum(len(part.targets) for part in files)} tensors as {form} in {dtype}")
+    partial.mkdir(parents=True)
     try:
-        partial.mkdir(parents=True)
-        _write_weights(source, targets, _layouts(targets, form, dtype), partial, largest, report)
+        for part in files:
+            part.write(report)
         _write_descriptions(source, form, dtype, partial)
+        if with_optimizer:
+            _write_state(source, partial)
         report(_verify(source, form, dtype, partial) if verify else "NOT VERIFIED: left out by --no-verify")
         sync_folder(partial)
         partial.rename(output)
@@ -101,6 +109,14 @@ def export(
             raise RunError(f"--output: {explain_os_error(error, output)}") from error
         raise
     report(f"{output}: written")
+
+
+def _check_place(*places: Path) -> None:
+    for place in places:
+        if refusal := refuse_address(place):
+            raise UserError(f"--output: {refusal}")
+        if place.exists():
+            raise UserError(f"--output: {place} exists; delete it or choose another place")
 
 
 def open_source(path: Path) -> Source:
@@ -152,53 +168,46 @@ def make_targets(source: Source, form: str) -> dict[str, fold.Target]:
     return fold.llama_targets(source.model, scalars)
 
 
-def _layouts(targets: Mapping[str, fold.Target], form: str, dtype: str) -> dict[str, Layout]:
-    """Scalars and norm weights keep float32 where they have names of their own, as they do in a training step."""
-    return {
+def _files(source: Source, form: str, dtype: str, folder: Path, shard_size: int) -> TensorFiles:
+    """The weights to write. Scalars and norm weights keep float32 where they have names of their own, as they do in a
+    training step."""
+    targets = make_targets(source, form)
+    layouts = {
         name: Layout(target.shape, torch.float32 if form == "yulan" and is_replicated(name) else getattr(torch, dtype))
         for name, target in targets.items()
     }
+    return TensorFiles(source.checkpoint, "model", targets, layouts, folder, shard_size)
 
 
-def _write_weights(
-    source: Source,
-    targets: Mapping[str, fold.Target],
-    layouts: Mapping[str, Layout],
-    folder: Path,
-    shard_size: int,
-    report: Callable[[str], None],
-) -> None:
-    needed, free = sum(layout.size for layout in layouts.values()), shutil.disk_usage(folder).free
+def _moment_files(source: Source, folder: Path, shard_size: int) -> list[TensorFiles]:
+    shapes, stored = parameter_shapes(source.model), stored_shapes(source.checkpoint, "optimizer")
+    files = []
+    for kind in MOMENTS:
+        targets = {name: fold.Target(f"{name}.{kind}", shape) for name, shape in shapes.items()}
+        for target in targets.values():
+            if stored.get(str(target.source)) != target.shape:
+                raise UserError(f"--with-optimizer: {source.checkpoint.path} has no {target.source} of the right shape")
+        layouts = {name: Layout(shape, torch.float32) for name, shape in shapes.items()}
+        files.append(TensorFiles(source.checkpoint, "optimizer", targets, layouts, folder / FOLDER / kind, shard_size))
+    return files
+
+
+def _write_state(source: Source, folder: Path) -> None:
+    """`exported_state.py`: what says whose moments they are, and where they were."""
+    names = [f"{name}.step" for name in parameter_shapes(source.model)]
+    updates = {int(tensor) for _, tensor in read_parts(source.checkpoint, names, "optimizer")}
+    if len(updates) != 1:
+        raise RunError(f"{source.checkpoint.path}: Adam has updated its parameters {sorted(updates)} times, not alike")
+    for kind in MOMENTS:
+        shutil.copyfile(folder / CONFIG, folder / FOLDER / kind / CONFIG)
+    _write_json(folder / FOLDER / STATE, asdict(source.checkpoint.state()) | {UPDATES: updates.pop()})
+
+
+def _check_space(output: Path, files: list[TensorFiles]) -> None:
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    needed, free = sum(part.size for part in files), shutil.disk_usage(parent).free
     if needed > free:
-        raise UserError(f"--output: {folder.parent} has {free:,} bytes free and the weights take {needed:,}")
-    files = split_into_files(layouts, shard_size)
-    for file, members in files.items():
-        names = in_file_order(members, layouts)
-        values = _values(source.checkpoint, {name: targets[name] for name in names}, layouts)
-        write_file(folder / file, {name: layouts[name] for name in names}, values)
-        report(f"{file}: {len(names)} tensors, {(folder / file).stat().st_size / 1e6:,.1f} MB")
-    write_index(folder, files, layouts)
-
-
-def _values(
-    checkpoint: Checkpoint, targets: Mapping[str, fold.Target], layouts: Mapping[str, Layout]
-) -> Iterator[Tensor]:
-    """The values of the targets in their order, cast, in parts."""
-    read = read_parts(checkpoint, [target.source for target in targets.values() if target.source])
-    for name, target in targets.items():
-        dtype = layouts[name].dtype
-        if target.source is None:
-            yield torch.zeros(target.shape, dtype=dtype)
-            continue
-        stored = next(read)[1].view(-1)
-        for begin in range(0, len(stored), _CAST):
-            part = stored[begin : begin + _CAST]
-            if target.factor != 1.0 or target.offset != 0.0:
-                part = (part.double() + target.offset) * target.factor
-            cast = part.to(dtype)
-            if not torch.equal(cast.isfinite(), part.isfinite()):
-                raise UserError(f"--dtype: {name} has values beyond the range of {dtype}; choose bfloat16 or float32")
-            yield cast
+        raise UserError(f"--output: the disk of {parent} has {free:,} bytes free, and the tensors take {needed:,}")
 
 
 def _write_descriptions(source: Source, form: str, dtype: str, folder: Path) -> None:
@@ -220,7 +229,10 @@ def _verify(source: Source, form: str, dtype: str, folder: Path) -> str:
     verify_tokenizer(source.tokenizer, folder)
     if form == "llama":
         return verify_llama(source.checkpoint, source.model, source.tokenizer, folder, dtype)
-    return verify_yulan(source.checkpoint, source.model, folder, dtype)
+    lines = [verify_yulan(source.checkpoint, source.model, folder, dtype)]
+    if has_state(folder):
+        lines.append(verify_moments(source.checkpoint, source.model, folder))
+    return "\n".join(lines)
 
 
 def parse_size(text: str) -> int:

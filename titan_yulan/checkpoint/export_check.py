@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.hugging_face import CONFIG, check_tensors, open_hugging_face, parameter_shapes
+from titan_yulan.checkpoint.exported_state import open_exported_state
+from titan_yulan.checkpoint.hugging_face import (
+    CONFIG,
+    HuggingFaceFolder,
+    check_tensors,
+    open_hugging_face,
+    parameter_shapes,
+)
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.checkpoint.read_parts import read_parts
@@ -123,13 +130,30 @@ def verify_yulan(checkpoint: Checkpoint, model: ModelConfig, folder: Path, dtype
     check_tensors(opened, model)
     if opened.model.to_published() != model.to_published():
         raise RunError(f"{CONFIG} of the export does not give the model back")
-    parameters = {name: torch.empty(shape) for name, shape in parameter_shapes(model).items()}
-    load_hugging_face(opened, parameters)
-    for name, stored in read_parts(checkpoint, parameters):
-        expected = stored if is_replicated(name) else stored.to(getattr(torch, dtype)).float()
-        if not torch.equal(parameters.pop(name).view(torch.int32), expected.view(torch.int32)):
-            raise RunError(f"the export is not the model: {name} differs")
-    return f"verified: {len(parameter_shapes(model))} tensors, read again, are the checkpoint's to the bit"
+    _compare(opened, checkpoint, model, getattr(torch, dtype))
+    return f"verified: {len(opened.tensors)} tensors, read again, are the checkpoint's to the bit"
+
+
+def verify_moments(checkpoint: Checkpoint, model: ModelConfig, folder: Path) -> str:
+    """As `verify_yulan`, for Adam's moments."""
+    state = open_exported_state(folder)
+    for kind, moment in state.moments.items():
+        _compare(moment, checkpoint, model, torch.float32, kind)
+    return f"verified: the moments too, after {state.progress.trained:,} updates"
+
+
+def _compare(
+    opened: HuggingFaceFolder, checkpoint: Checkpoint, model: ModelConfig, dtype: torch.dtype, moment: str = ""
+) -> None:
+    """Every tensor of a folder with the checkpoint's parameter, or with its moment."""
+    tensors = {name: torch.empty(shape) for name, shape in parameter_shapes(model).items()}
+    load_hugging_face(opened, tensors)
+    sources = {f"{name}.{moment}" if moment else name: name for name in tensors}
+    for source, stored in read_parts(checkpoint, sources, "optimizer" if moment else "model"):
+        name = sources[source]
+        expected = stored if is_replicated(name) else stored.to(dtype).float()
+        if not torch.equal(tensors.pop(name).view(torch.int32), expected.view(torch.int32)):
+            raise RunError(f"the export is not the checkpoint: {source} differs")
 
 
 def _rows(model: ModelConfig, tokenizer: Tokenizer) -> Tensor:

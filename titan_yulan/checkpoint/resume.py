@@ -281,8 +281,8 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
         raise UserError(f"phase.start_from: {refusal}")
     if start_from and not Path(start_from).exists():
         raise UserError(
-            f"phase.start_from: there is no {start_from}; it names a checkpoint, a run folder, or a folder of Hugging "
-            "Face or DeepSpeed, on this disk (hf download REPOSITORY --local-dir FOLDER)"
+            f"phase.start_from: there is no {start_from}; it names a checkpoint, a run folder or a folder of Hugging "
+            "Face or DeepSpeed on this disk (hf download REPOSITORY --local-dir FOLDER)"
         )
     if is_published(start_from):
         try:

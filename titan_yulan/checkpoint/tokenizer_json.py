@@ -1,14 +1,11 @@
 """A Hugging Face `tokenizer.json` from a tiktoken vocabulary, with the same ids.
 
 Both cut a text into pre-tokens by one pattern, take a pre-token that is in the vocabulary whole, and else merge pairs
-of neighbours. They differ in what a merge is: tiktoken merges the pair whose bytes together have the lowest rank, the
-leftmost of equals; a tokenizer.json lists pairs in order. So every way to split a token into two tokens is listed, all
-the ways of one token before those of the next rank, and among them the way that stands further left wherever two can
-overlap: of the tokens x, y, z with xy = yz as bytes, the pair (x, y), which is when the token has the period |x|.
-
-One case is left: a token made of a unit three or more times (uuu), met as uu, u, uu with the middle u not merged
-before its neighbours. It takes units of several bytes that were themselves merged late; `export_check.py` compares ids
-on text.
+of neighbours. They differ in what a merge is: tiktoken merges the pair whose bytes together have the lowest rank, a
+tokenizer.json lists pairs in order. So every way to split a token into two tokens is listed, all the ways of one token
+before those of the next rank. The two could still part where two ways to make one token overlap (x, y, z with xy = yz
+as bytes): tiktoken takes the left one, the list its first. No text is known that gets there, and
+`export_check.py` compares.
 """
 
 from __future__ import annotations
@@ -92,9 +89,8 @@ def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every pair of tokens that together are a token, in the order in which they are to be merged."""
     pairs = []
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        cuts = [cut for cut in range(1, len(token)) if token[:cut] in ranks and token[cut:] in ranks]
-        cuts.sort(key=lambda cut: (token[cut:] != token[:-cut], cut))
-        pairs += [(token[:cut], token[cut:]) for cut in cuts]
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs += [(first, second) for first, second in halves if first in ranks and second in ranks]
     return pairs
 
 

@@ -1,13 +1,14 @@
 """A checkpoint of DeepSpeed in its universal layout as the start of a run: weights, Adam's moments, and how far it was.
 
     config.json                             the model, as in a Hugging Face folder
-    trainer_state.json                      of Hugging Face's Trainer: global_step, epoch (may be missing)
+    trainer_state.json                      of Hugging Face's Trainer: global_step, epoch (may be missing; its
+                                            global_step may be 0, to count anew)
     latest_universal                        the name of the next line's folder
     global_step243198_universal/zero/
         model.norm.weight/                  a folder for each parameter, under the decoder's own names
             fp32.pt                         the master weight
             exp_avg.pt, exp_avg_sq.pt       Adam's moments
-            step.pt                         Adam's step (may be missing: then it is global_step)
+            step.pt                         Adam's step (may be missing: then it is that of the folder's name)
         ...
 
 The layout is DeepSpeed's (Lian et al., arXiv 2406.18820; `ds_to_universal.py` writes it), and
@@ -52,12 +53,15 @@ _WRAPPED = "param"  # the key of the tensor, where a file holds a dictionary
 class Progress:
     """How far a state was trained.
 
+    step: that the run is to begin at, zero where trainer_state.json was made to say so.
+    trained: steps that the state has behind it.
     tokens: trained on, as Hugging Face's Trainer counted them; None: it did not.
     epoch: of the same; YuLan-Mini's trainer counts its curriculum's phases so.
     phase_began: step at which its phase began, in YuLan-Mini's config.json.
     """
 
     step: int
+    trained: int
     tokens: int | None = None
     epoch: float | None = None
     phase_began: int | None = None
@@ -90,15 +94,18 @@ def is_universal(path: str | Path) -> bool:
 def read_progress(path: str | Path) -> Progress:
     """How far the state in a folder was trained: global_step of trainer_state.json, else of the folder's name.
 
+    YuLan-Mini's tutorial has its readers set the counters of trainer_state.json to zero, to begin a schedule of their
+    own: then the run counts from zero, and only Adam goes on counting.
+
     Raises:
-        UserError: the two differ, or neither says it.
+        UserError: the two differ in another way, or neither says it.
     """
     root, states = _places(Path(path))
     found = re.search(r"global_step(\d+)", states.name)
     named = int(found[1]) if found else None
     trainer = read_json(root / _TRAINER) if (root / _TRAINER).is_file() else {}
     step = trainer.get("global_step", named)
-    if not isinstance(step, int) or step < 0 or (named is not None and step != named):
+    if not isinstance(step, int) or step < 0 or (named is not None and step not in (0, named)):
         raise UserError(
             f"{root / _TRAINER} says global_step {trainer.get('global_step')}, and the states are in {states}: take "
             "files of one step, or write into that file which step it is"
@@ -106,6 +113,7 @@ def read_progress(path: str | Path) -> Progress:
     config = read_json(root / CONFIG) if (root / CONFIG).is_file() else {}
     return Progress(
         step,
+        trained=step if named is None else named,
         tokens=trainer.get("num_input_tokens_seen") or None,
         epoch=trainer.get("epoch"),
         phase_began=config.get("num_steps_trained_before_this_epoch"),
@@ -175,11 +183,13 @@ def check_universal(config: RunConfig, folder: UniversalFolder, allow_changes: C
     for moment in folder.moments.values():
         check_tensors(moment, folder.weights.model)
     progress, place = folder.progress, folder.progress.position(config)
-    epoch = "" if progress.epoch is None else f", epoch {progress.epoch:g}"
-    began = "" if progress.phase_began is None else f", {progress.step - progress.phase_began:,} steps into its phase"
-    known = "counted by its trainer" if progress.tokens is not None else "counted in batches of this run's first phase"
-    return [
-        f"{folder.path} is a state of DeepSpeed at step {progress.step:,}{epoch}{began}: weights, moments and steps "
-        f"go on from there, after {place.token:,} tokens ({known}); tapes of all sources begin unread",
-        *notices,
+    epoch = f", epoch {progress.epoch:g}" if progress.epoch else ""
+    began = f", {progress.trained - progress.phase_began:,} after its phase began" if progress.phase_began else ""
+    known = "counted in batches of this run's first phase" if progress.tokens is None else "counted by its trainer"
+    lines = [
+        f"{folder.path} is a state of DeepSpeed after {progress.trained:,} steps{epoch}{began}. The run begins with "
+        f"its weights and moments at step {progress.step:,}, token {place.token:,} ({known}), with all sources unread"
     ]
+    if progress.step != progress.trained:
+        lines += [f"note: {_TRAINER} there says global_step 0; without that file, steps are counted on"]
+    return lines + notices

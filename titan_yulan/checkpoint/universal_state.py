@@ -45,13 +45,13 @@ def load_universal(
 
 def read_step(folder: UniversalFolder, name: str) -> float:
     """Updates that Adam has made to a parameter: of its file, which holds a number, a tensor or a dictionary with one;
-    else the global step.
+    else the steps that the state has behind it.
 
     Raises:
         OSError, RuntimeError, pickle.UnpicklingError: the file cannot be read.
     """
     if name not in folder.steps:
-        return float(folder.progress.step)
+        return float(folder.progress.trained)
     return _number(folder.steps[name])
 
 

@@ -182,8 +182,8 @@ class PhaseSection:
     after: str = setting("", "the phase file that comes before this one, relative to this file")
     start_from: str = setting(
         "",
-        "checkpoint folder, or folder of a Hugging Face Llama model, to begin this phase from instead of the phase "
-        "before",
+        "checkpoint folder, folder of a Hugging Face Llama model, or universal checkpoint of DeepSpeed, to begin this "
+        "phase from instead of the phase before",
     )
     rebalance_rms: float | None = setting(
         None,

@@ -4,6 +4,9 @@
     builtin:math    the sources of sympy, mpmath and networkx (torch needs the first two through sympy, and networkx)
     builtin:prose   docstrings of more than 200 characters of all of these and of numpy
 
+A part of a domain is named after what it comes from, such as builtin:math/networkx or builtin:prose/stdlib; the parts
+of a domain have no file in common.
+
 The licences (PSF-2.0 and BSD-3-Clause) concern whoever redistributes the text. The content follows the installed
 versions, so two machines compare losses only when their sources have equal fingerprints.
 
@@ -35,14 +38,15 @@ _MIN_DOCSTRING = 200  # characters
 _MAX_BYTES = {"code": 9_000_000, "math": 9_000_000, "prose": 40_000_000}
 
 
-def builtin_files(domain: str) -> list[tuple[str, Path]]:
-    """(name, path) of every file of a domain, sorted by name.
+def builtin_files(name: str) -> list[tuple[str, Path]]:
+    """(name, path) of every file of a domain, or of a part of it (`math/networkx`), sorted by name.
 
     Where a domain is larger than its limit, it keeps the files with the smallest hashes of their names.
 
     Raises:
-        UserError: unknown domain, or a package is not installed with its sources.
+        UserError: unknown domain or part, or a package is not installed with its sources.
     """
+    domain, _, part = name.partition("/")
     if domain not in DOMAINS:
         raise UserError(f"unknown built-in corpus 'builtin:{domain}': choose builtin:{', builtin:'.join(DOMAINS)}")
     roots = {}
@@ -51,8 +55,11 @@ def builtin_files(domain: str) -> list[tuple[str, Path]]:
     if domain != "code":
         packages = (*_MATH_PACKAGES, "numpy") if domain == "prose" else _MATH_PACKAGES
         roots.update({package: _package_folder(package, domain) for package in packages})
-    files = [file for name, root in roots.items() for file in _python_files(name, root, domain)]
-    return sorted(_keep_bytes(files, _MAX_BYTES[domain]))
+    files = [file for root_name, root in roots.items() for file in _python_files(root_name, root, domain)]
+    if part and part not in roots:
+        raise UserError(f"unknown part 'builtin:{name}': builtin:{domain} is made of {', '.join(roots)}")
+    kept = _keep_bytes(files, _MAX_BYTES[domain])
+    return sorted(file for file in kept if file[0].startswith(part and f"{part}/"))
 
 
 def read_docstrings(source: str) -> Iterator[str]:

@@ -60,21 +60,26 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     (part-2 before part-10). The metadata files of YuLan-Mini's shards are passed over, and in a folder so is a .bin
     file without an .idx file.
 
+    Links are followed; a file that is reached by several ways counts under the first.
+
     Raises:
-        UserError: an argument matches nothing, a suffix is unknown, or one file of a Megatron-LM pair is missing.
+        UserError: an argument matches nothing, a suffix is unknown, one file of a Megatron-LM pair is missing, a link
+            leads nowhere, or a folder cannot be read.
     """
     builtin: list[InputFile] = []
     paths: list[Path] = []
     for argument in inputs:
         if argument.startswith("builtin:"):
-            domain = argument.removeprefix("builtin:")
-            kind = "docstrings" if domain == "prose" else "python"
-            builtin += [InputFile(name, path, kind) for name, path in corpus.builtin_files(domain)]
+            part = argument.removeprefix("builtin:")
+            kind = "docstrings" if part.partition("/")[0] == "prose" else "python"
+            builtin += [InputFile(name, path, kind) for name, path in corpus.builtin_files(part)]
         else:
             paths += _find_paths(argument)
-    unique = list(dict.fromkeys(Path(os.path.abspath(path)) for path in paths))
-    shared = os.path.commonpath([path.parent for path in unique]) if unique else ""
-    files = [InputFile(path.relative_to(shared).as_posix(), path, _kind(path)) for path in unique]
+    unique: dict[str, Path] = {}
+    for path in paths:
+        unique.setdefault(os.path.realpath(path), Path(os.path.abspath(path)))
+    shared = os.path.commonpath([path.parent for path in unique.values()]) if unique else ""
+    files = [InputFile(path.relative_to(shared).as_posix(), path, _kind(path)) for path in unique.values()]
     return list(dict.fromkeys(builtin + files))
 
 
@@ -111,24 +116,46 @@ def read_documents(file: InputFile, columns: Sequence[str] = ()) -> Iterator[Doc
 def _find_paths(argument: str) -> list[Path]:
     path = Path(argument)
     if path.is_dir():
-        children = [child for child in path.rglob("*") if child.is_file()]
-        found = [child for child in children if _kind(child) and _is_whole(child)]
+        found = [child for child in _files_below(path) if _kind(child) and _is_whole(child)]
     elif path.is_file():
         found = [path]
     else:
         matches = [Path(match) for match in glob.glob(argument, recursive=True)]
-        found = [match for match in matches if match.is_file() and not _accompanies(match)]
+        found = [match for match in matches if _is_file(match) and not _accompanies(match)]
     if not found:
         raise UserError(
             f"input {argument!r} is no file, no glob that matches, and no folder with {' '.join(_SUFFIXES)} files"
         )
     for file in found:
+        if not file.exists():
+            raise UserError(f"{file} is a link to {os.path.realpath(file)}, which does not exist: correct or delete it")
         if not _kind(file):
             raise UserError(f"cannot tell what {file} is: its name must end in {', '.join(_SUFFIXES)}")
         if not _is_whole(file):
             raise UserError(f"{file} needs {_other_half(file).name} beside it: a Megatron-LM data set is both files")
     pairs_once = [file.with_suffix(".bin") if file.suffix == ".idx" else file for file in found]
     return sorted(pairs_once, key=lambda path: (_natural(path), path))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files, and links that lead nowhere; a folder that links lead to in several ways is searched once."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot search {error.filename}: {error.strerror}") from error
+
+    searched: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()
+        if (real := os.path.realpath(parent)) in searched:
+            folders.clear()
+            continue
+        searched.add(real)
+        yield from (path for name in names if _is_file(path := Path(parent, name)))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file, or a link that leads nowhere (which must not be passed over)."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
 
 
 def _natural(path: Path) -> list[list[str | int]]:
@@ -157,7 +184,7 @@ def _kind(path: Path) -> str:
 
 def _read_text(file: InputFile) -> Iterator[Document | BadRow]:
     try:
-        text = file.path.read_bytes().decode("utf-8")
+        text = file.path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield BadRow(file.name, f"not UTF-8 (byte {error.start})")
         return

@@ -69,12 +69,14 @@ def _other_wishes(name: str, section: SourceSection) -> list[str]:
     if not section.text:
         return []
     made_from = Source.open(section.path).made_from
-    wanted = {
+    wanted: dict[str, tuple[str, object]] = {
         "text": ("inputs", list(section.text)),
         "order": ("order", section.order),
         "minimum_tokens": ("minimum_tokens", section.minimum_tokens),
         "deduplicate": ("deduplicate", section.deduplicate),
     }
+    if section.validation_path:
+        wanted["validation_share"] = ("validation_share", section.validation_share)
     return [
         f"WARNING: data.sources.{name}.{key} is {value!r}, but {section.path} was made with {made_from[made]!r} and is "
         "used as it is; delete that folder to make it anew"

@@ -40,8 +40,7 @@ def inspect_source(
         f"source       {source.name} ({source.path})",
         f"fingerprint  {source.fingerprint}",
         f"tokenizer    {source.tokenizer_fingerprint}, {source.vocab_size:,} entries, end of text {source.eos_id}",
-        f"made from    {', '.join(source.made_from['inputs'])} ({source.made_from['input_files']:,} files, "
-        f"{source.made_from['part']} part)",
+        f"made from    {_inputs(source)}",
         f"tokens       {source.tokens:,} as {source.dtype.name} in {len(source.shards)} shards"
         + _order(source)
         + (", with a loss mask" if source.has_loss_mask else ""),
@@ -56,6 +55,13 @@ def inspect_source(
     for document in range(min(documents, len(offsets[0]) - 1)):
         lines += _show_document(source, document, offsets[0], tokenizer)
     return lines
+
+
+def _inputs(source: Source) -> str:
+    made_from = source.made_from
+    if "request_fingerprint" not in made_from:
+        return "something else than data prepare"
+    return f"{', '.join(made_from['inputs'])} ({made_from['input_files']:,} files, {made_from['part']} part)"
 
 
 def _order(source: Source) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,10 +17,10 @@ def parse_lines(name: str, lines: Iterable[bytes], columns: Sequence[str] = ()) 
 
     Args:
         name: what to call their source in a `BadRow` (followed by the line, from 1).
-        lines: JSON objects in UTF-8.
+        lines: JSON objects in UTF-8; a byte order mark before one is passed over.
         columns: further keys whose values `Document.columns` shall hold.
     """
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate((line.removeprefix(BOM_UTF8) for line in lines), start=1):
         if not line.strip():
             continue
         try:

@@ -36,7 +36,7 @@ def read_parquet(name: str, path: Path, columns: Sequence[str] = ()) -> Iterator
 
     Raises:
         DamagedFile: its content cannot be read, or the metadata file beside it cannot be read or has other counts.
-        UserError: it cannot be opened, has no column that gives documents, or lacks one of `columns`.
+        UserError: it cannot be opened, has no column that gives documents, or lacks one of `columns` or has it twice.
     """
     file = _open(path)
     there = file.schema_arrow.names
@@ -68,6 +68,8 @@ def _check_columns(path: Path, there: Sequence[str], columns: Sequence[str]) -> 
     shown = ", ".join(map(repr, there[:8]))
     if not set(there) & set(KEYS):
         raise UserError(f"{path} has no column of documents, such as 'text' or 'input_ids': its columns are {shown}")
+    if repeated := [name for name in there if there.count(name) > 1 and (name in KEYS or name in columns)]:
+        raise UserError(f"{path} has several columns {repeated[0]!r}: rename them")
     missing = [column for column in columns if column not in there]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}: its columns are {shown}")
@@ -96,12 +98,13 @@ def _expected_counts(path: Path) -> np.ndarray | None:
 def _check_counts(path: Path, rows: Sequence[Any], start: int, expected: np.ndarray) -> None:
     """Compare the lengths of some rows, from row `start`, with the metadata file."""
     lengths = np.array([len(ids) if isinstance(ids, Sized) else 0 for ids in rows], np.int64)
-    differing = np.flatnonzero(lengths[: expected.size - start] != expected[start : start + lengths.size])
+    counts = expected[start : start + lengths.size]
+    differing = np.flatnonzero(lengths[: counts.size] != counts)
     if differing.size:
         row = int(differing[0])
         raise DamagedFile(
             f"{path}, row {start + row + 1}, has {lengths[row]:,} tokens, but {_metadata_of(path).name} counts "
-            f"{expected[start + row]:,}: they do not belong together, or one of them is damaged"
+            f"{counts[row]:,}: they do not belong together, or one of them is damaged"
         )
 
 

@@ -38,14 +38,14 @@ def begin_part(output: Path, part: tuple[int, int], recipe: Recipe, validation_o
         UserError: parts of another request, or of another division, are there.
     """
     parts = parts_folder(output)
-    for number, others, there, _ in _recipes(output):
-        if others != part[1] or there.fingerprint != recipe.fingerprint:
+    relative = os.path.relpath(validation_output, output.parent) if validation_output else None
+    for number, others, there, validation in _recipes(output):
+        if (others, there.fingerprint, validation) != (part[1], recipe.fingerprint, relative):
             raise UserError(
-                f"{parts} holds part {number}/{others} of another request (other inputs, options, tokenizer or number "
-                "of parts): give all machines the same, or delete that folder"
+                f"{parts} holds part {number}/{others} of another request (other inputs, options, tokenizer, folders "
+                "or number of parts): give all machines the same, or delete that folder"
             )
     folder = parts / f"part-{part[0]}-of-{part[1]}"
-    relative = os.path.relpath(validation_output, output.parent) if validation_output else None
     save_recipe(folder / "recipe.json", recipe, validation_output=relative)
     return folder
 
@@ -94,7 +94,7 @@ def open_parts(output: Path) -> Parts:
             f"there is no part in {parts}: first run 'titan-yulan data prepare ... --output {output} --part i/n' "
             "for i = 1 to n"
         )
-    if len({(number_of, recipe.fingerprint) for _, number_of, recipe, _ in recipes}) > 1:
+    if len({(number_of, recipe.fingerprint, validation) for _, number_of, recipe, validation in recipes}) > 1:
         found = ", ".join(f"{number}/{number_of}" for number, number_of, _, _ in recipes)
         raise UserError(f"{parts} holds parts of different requests ({found}): delete those that do not belong")
     _, number_of, recipe, validation_output = recipes[0]

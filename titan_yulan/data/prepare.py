@@ -15,14 +15,14 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from titan_yulan.data.arrange import Units
 from titan_yulan.data.documents import find_inputs
 from titan_yulan.data.parts import begin_part, open_parts, own_units, parts_folder
-from titan_yulan.data.report import Progress, Report, Say, report_part, report_sources, say_now
+from titan_yulan.data.report import LeftOut, Progress, Report, Say, report_part, report_sources, say_now
 from titan_yulan.data.request import SHUFFLE, make_recipe
 from titan_yulan.data.source import DESCRIPTION, Source
 from titan_yulan.data.storage import explain_full_disk, locked
@@ -78,25 +78,27 @@ def prepare(
         UserError: the request is wrong, or `output` holds something else.
         RunError: the disk is full, or a worker died.
     """
-    output = Path(output)
     if (validation_output is None) != (validation_share == 0):
         raise UserError(f"source {name}: a held-out part needs both a folder and a share above 0; give both or neither")
-    if validation_output is not None and Path(validation_output).absolute() == output.absolute():
-        raise UserError(f"source {name}: the held-out part cannot have the folder {output} of the training part")
+    outputs = _outputs(name, output, validation_output)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UserError(f"part {part[0]}/{part[1]}: there are only parts 1/n to n/n")
+    workers = _checked(workers)
     files = find_inputs(inputs)
     units = group_files(files)
     options = {"order": order, "split_by": split_by, "minimum_tokens": minimum_tokens, "deduplicate": deduplicate}
     options |= {"seed": seed, "shard_tokens": shard_tokens}
     recipe = make_recipe(name, inputs, files, len(units), tokenizer, validation_share, **options)
-    work = Work(recipe, _outputs(output, validation_output), workers or default_workers(), say)
+    work = Work(recipe, outputs, workers, say)
     job = functools.partial(TokeniseJob, recipe=recipe, tokenizer=tokenizer, fail_on_bad_row=on_bad_row == "fail")
     start = time.perf_counter()
+    _make_parents(outputs)
     if part is not None:
         return _prepare_part(work, job, units, part, start)
-    with _exclusively(output, say):
+    with _exclusively(outputs["training"], say):
         if reused := _reused(work, start):
+            if on_bad_row == "fail":
+                _refuse_skipped(reused, output)
             work.remove_partial()
             return reused
         work.resume_or_reset()
@@ -117,27 +119,63 @@ def merge(output: Path | str, *, workers: int | None = None, say: Say = say_now)
         UserError: a part is missing or unfinished, they do not belong together, or `output` holds something else.
         RunError: the disk is full, or a worker died.
     """
-    output = Path(output)
+    output = _replaceable(output)
     start = time.perf_counter()
     if merged := _merged_before(output, say):
         name = merged[0].name.removesuffix(f"/{merged[0].made_from.get('value')}")
         return report_sources(name, {"training": merged}, [], time.perf_counter() - start, reused=True)
     parts = open_parts(output)
-    work = Work(parts.recipe, _outputs(output, parts.validation_output), workers or default_workers(), say)
+    outputs = _outputs(parts.recipe.name, output, parts.validation_output)
+    work = Work(parts.recipe, outputs, _checked(workers), say)
+    _make_parents(outputs)
     with _exclusively(output, say):
         report = _reused(work, start)
         if not report:
             units = parts.whole()
             work.resume_or_reset()
             report = _finish(work, units, start)
-        work.partial("training").mkdir(exist_ok=True)
-        parts.folder.rename(work.partial("training") / "parts")  # at once, then at leisure
+        if parts.folder.exists():  # another merge, which this one waited for, has removed them
+            work.partial("training").mkdir(exist_ok=True)
+            parts.folder.rename(work.partial("training") / "parts")  # at once, then at leisure
         work.remove_partial()
         return report
 
 
-def _outputs(output: Path, validation_output: Path | str | None) -> dict[str, Path]:
-    return {"training": output} | ({"validation": Path(validation_output)} if validation_output is not None else {})
+def _outputs(name: str, output: Path | str, validation_output: Path | str | None) -> dict[str, Path]:
+    """The folders to make, by side.
+
+    Raises:
+        UserError: one of them is in the other, or is the other.
+    """
+    given = {"training": output} | ({"validation": validation_output} if validation_output is not None else {})
+    outputs = {side: _replaceable(folder) for side, folder in given.items()}
+    training, *validation = (folder.resolve() for folder in outputs.values())
+    if validation and (training.is_relative_to(validation[0]) or validation[0].is_relative_to(training)):
+        raise UserError(
+            f"source {name}: the folders of the training part ({output}) and the held-out part ({validation_output}) "
+            "must be apart: choose one beside the other"
+        )
+    return outputs
+
+
+def _make_parents(outputs: Mapping[str, Path]) -> None:
+    for folder in outputs.values():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {folder}: {error.strerror} ({error.filename}); choose another") from error
+
+
+def _replaceable(folder: Path | str) -> Path:
+    """The folder under a name that a rename can give to it: not of a link to it, nor '.'."""
+    folder = Path(folder)
+    return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
+
+
+def _checked(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise UserError(f"workers {workers}: at least 1")
+    return workers or default_workers()
 
 
 @contextlib.contextmanager
@@ -183,6 +221,8 @@ def _tokenise(work: Work, job: TokeniseJob, units: Sequence[Unit]) -> list[UnitC
     """First half of preparing: all these units, in order."""
     job.folder.mkdir(parents=True, exist_ok=True)
     counts = {unit.index: finished_counts(job.folder, unit.index) for unit in units}
+    if job.fail_on_bad_row:
+        _refuse_skipped(LeftOut.count([done for done in counts.values() if done], 0), job.folder.parent)
     rest = [unit for unit in units if counts[unit.index] is None]
     progress = Progress(
         work.say, f"source {work.recipe.name}: tokenised {{}} groups of files", len(units) - len(rest), len(units)
@@ -190,7 +230,15 @@ def _tokenise(work: Work, job: TokeniseJob, units: Sequence[Unit]) -> list[UnitC
     for unit, done in zip(rest, ordered_map(functools.partial(tokenise_unit, job), rest, work.workers), strict=True):
         counts[unit.index] = done
         progress.add(unit.size, sum(done.tokens))
-    return [done for done in counts.values() if done is not None]
+    return [done for done in counts.values() if done]
+
+
+def _refuse_skipped(left_out: LeftOut, folder: Path | str) -> None:
+    if left_out.bad_rows or left_out.bad_files:
+        raise UserError(
+            f"{folder} was made with --on-bad-row skip, which left out {left_out.bad_rows:,} bad rows and "
+            f"{len(left_out.bad_files):,} bad files: delete it to find them with fail, or give skip again"
+        )
 
 
 def _finish(work: Work, units: Units, start: float) -> Report:

@@ -96,10 +96,14 @@ def make_recipe(
         options: order, split_by, minimum_tokens, deduplicate, seed, shard_tokens.
 
     Raises:
-        UserError: an option cannot be.
+        UserError: an option cannot be, or a file cannot be read.
     """
     if not options["order"].removeprefix("-"):
         raise UserError(f"source {name}: order {options['order']!r} is none of shuffle, keep, COLUMN, -COLUMN")
+    if options["minimum_tokens"] < 0:
+        raise UserError(f"source {name}: minimum_tokens {options['minimum_tokens']}: at least 0")
+    if not 0 <= validation_share < 1:
+        raise UserError(f"source {name}: validation_share {validation_share}: at least 0 and below 1, such as 0.02")
     hold_out = HoldOut.choose(files, validation_share)
     rule = [hold_out.by, hold_out.share, *(options[key] for key in sorted(options))]
     with ThreadPoolExecutor(_READERS) as readers:
@@ -151,13 +155,16 @@ def _file_fingerprint(path: Path) -> tuple[int, str]:
     Reading terabytes only to find that nothing changed would cost more than it protects; time stamps would call a
     copied file another one.
     """
-    size = path.stat().st_size
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        if size <= 16 * _SAMPLE:
-            digest.update(file.read())
-        else:
-            for sample in range(16):
-                file.seek(sample * (size - _SAMPLE) // 15)
-                digest.update(file.read(_SAMPLE))
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= 16 * _SAMPLE:
+                digest.update(file.read())
+            else:
+                for sample in range(16):
+                    file.seek(sample * (size - _SAMPLE) // 15)
+                    digest.update(file.read(_SAMPLE))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; correct its rights, or leave it out") from error
     return size, digest.hexdigest()

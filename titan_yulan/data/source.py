@@ -195,6 +195,11 @@ def _read_description(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
+        if within := sorted(file.parent.name for file in path.glob(f"*/{DESCRIPTION}")):
+            raise UserError(
+                f"{path} is not one source but holds {len(within)}, one for each value of a column: name one of them, "
+                f"such as {path / within[0]}"
+            ) from None
         raise UserError(
             f"{path} is not a prepared source (it has no {DESCRIPTION}): correct the path, or make it with "
             f"'{_command(path)}'"

@@ -96,17 +96,20 @@ def tokenise_unit(job: TokeniseJob, unit: Unit) -> UnitCounts:
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> tuple[np.ndarray, np.ndarray | None]:
-    """Ids with one end of text at the end, and the loss mask (None: every token is a target).
+    """Ids with an end of text at the end, and the loss mask (None: every token is a target).
+
+    Args:
+        tokenizer: makes the ids.
+        document: not empty; given ids are without their end of text.
 
     Raises:
         ValueError: a given id is outside the vocabulary.
     """
     if document.token_ids is not None:
         ids = document.token_ids
-        if ids.size and int(ids.max()) >= tokenizer.vocab_size:
+        if int(ids.max()) >= tokenizer.vocab_size:
             raise ValueError(f"'input_ids' holds {ids.max()}, outside the vocabulary of {tokenizer.vocab_size}")
-        ends = ids.size > 0 and int(ids[-1]) == tokenizer.eos_id
-        return (ids if ends else np.append(ids, tokenizer.eos_id)), None
+        return np.append(ids, tokenizer.eos_id), None
     encoded = [tokenizer.encode(text) for text, _ in document.parts]
     encoded[-1].append(tokenizer.eos_id)
     ids = np.concatenate([np.array(part, np.int64) for part in encoded])
@@ -124,8 +127,6 @@ def _tokenise_file(job: TokeniseJob, file: InputFile, piece: tuple[int, int] | N
             try:
                 if isinstance(document, BadRow):
                     _count_bad_row(job, writer.counts, document)
-                elif not document.text and not (document.token_ids is not None and document.token_ids.size):
-                    writer.counts.empty += 1
                 else:
                     _tokenise_document(job, file, document, writer)
             except ValueError as error:
@@ -144,20 +145,23 @@ def _read(
 
 
 def _tokenise_document(job: TokeniseJob, file: InputFile, document: Document, writer: UnitWriter) -> None:
-    """Divide, encode, filter and write one document of the input.
+    """Normalise, divide, encode, filter and write one document of the input, or count why not.
 
     Raises:
         ValueError: it is bad; nothing of it was written.
     """
     recipe, columns = job.recipe, document.columns
+    normal = _normalised(document, recipe.eos_id)
+    if not normal.text and (normal.token_ids is None or not normal.token_ids.size):
+        writer.counts.empty += 1
+        return
     key = _order_key(columns[recipe.order_column], writer.counts.key) if recipe.order_column else None
     value = _folder_name(columns[recipe.split_by], file) if recipe.split_by else None
-    normal = _normalised(document)
     pieces = [
         (piece, held_out, *encode_document(job.tokenizer, piece))
         for piece, held_out in recipe.hold_out.divide(file, normal)
     ]
-    writer.counts.ideographic_spaces += normal is not document
+    writer.counts.ideographic_spaces += normal.parts is not document.parts
     for piece, held_out, ids, loss_mask in pieces:
         if len(ids) - 1 < recipe.minimum_tokens:
             writer.counts.short += 1
@@ -165,11 +169,15 @@ def _tokenise_document(job: TokeniseJob, file: InputFile, document: Document, wr
             writer.add(ids, loss_mask, len(piece.text.encode()), held_out, value, key)
 
 
-def _normalised(document: Document) -> Document:
-    """The document with U+3000 (the ideographic space) as a plain space; itself when it has none.
+def _normalised(document: Document, eos_id: int) -> Document:
+    """The document with U+3000 (the ideographic space) as a plain space, and given ids without their end of text.
 
-    As for the published training data of YuLan-Mini.
+    The first as for the published training data of YuLan-Mini. The second so that copies with and without it are
+    empty, short, held out or duplicates alike.
     """
+    ids = document.token_ids
+    if ids is not None and ids.size and int(ids[-1]) == eos_id:
+        return replace(document, token_ids=ids[:-1])
     if not any(_IDEOGRAPHIC_SPACE in text for text, _ in document.parts):
         return document
     parts = tuple((text.replace(_IDEOGRAPHIC_SPACE, " "), trained) for text, trained in document.parts)

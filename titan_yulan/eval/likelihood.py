@@ -67,10 +67,14 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Span:
 
 
 def encode_text(tokenizer: Tokenizer, ids: Sequence[int], context: int) -> list[Span]:
-    """Windows of at most `context` tokens that do not overlap; each is predicted from the one token before it."""
+    """Windows of at most `context` tokens that do not overlap, with what can be read before each.
+
+    That is the one token before it, and more for a last window that is shorter. (The convention of EleutherAI's
+    lm-evaluation-harness.)
+    """
     whole = [tokenizer.eos_id, *ids]
     starts = range(1, len(whole), context)
-    return [Span(whole[start - 1 : start], whole[start : start + context]) for start in starts]
+    return [Span(whole[max(0, start - context) : start], whole[start : start + context]) for start in starts]
 
 
 class Likelihoods:

@@ -19,7 +19,7 @@ from titan_yulan.eval.requests import DEFAULT_NEW_TOKENS, Generation
 from titan_yulan.eval.write import Writer
 
 try:
-    from lm_eval.api.model import LM
+    from lm_eval.api.model import LM  # pyrefly: ignore[missing-import]
 except ImportError as error:
     raise UserError("the package lm-eval is not installed: pip install 'titan-yulan[eval]'") from error
 

@@ -95,10 +95,8 @@ def series_table(reports: Sequence[Report], against: bool) -> list[str]:
         before = reports[0 if against else max(0, place - 1)]
         cells = []
         for result, old in zip(report.results, before.results, strict=True):
-            value = result.metrics[result.metric]
-            gain = value - old.metrics[result.metric]
-            if result.metric in _LOWER_IS_BETTER:
-                gain = -gain
+            value, then = result.metrics[result.metric], old.metrics[result.metric]
+            gain = then - value if result.metric in _LOWER_IS_BETTER else value - then
             cells.append(_number(value) + (f" ({gain:+.4f})" if place else ""))
         rows.append([report.title, *cells])
     than = f"than {reports[0].title}" if against else "than the phase before"
@@ -114,9 +112,9 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def _number(value: float) -> str:
-    if math.isfinite(value) and value == int(value) and abs(value) >= 1000:
+    if math.isfinite(value) and 1000 <= value < 1e15 and value == int(value):
         return f"{int(value):,}"
-    return f"{value:.4f}"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _write(path: Path, text: str) -> None:

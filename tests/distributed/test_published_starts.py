@@ -23,8 +23,8 @@ from tests.checkpoint.universal_folders import (
 )
 from tests.curriculum.making import configuration, phase, segment
 from tests.data.making import BYTES, make, write_files
+from tests.distributed.published_starts import LAYOUTS, WORLD, universal
 from tests.distributed.ranks import run_ranks
-from tests.distributed.universal import LAYOUTS, WORLD, universal
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.importing import import_checkpoint
 from titan_yulan.checkpoint.layout import find_checkpoints
@@ -63,6 +63,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> dict[str, RunC
         configs[kind] = config(root, kind, root / kind)
         import_checkpoint(root / kind, configs[kind], root / f"{kind}-imported", report=lambda line: None)
         configs[f"{kind}, imported"] = config(root, f"{kind}-again", root / f"{kind}-imported")
+    # at last, for the others begin from the newest checkpoint there
+    own = RunSection(name="deepspeed-imported", seed=7, output_dir=str(root))
+    configs["deepspeed, going on there"] = replace(configs["deepspeed"], run=own)
     return configs
 
 
@@ -144,15 +147,9 @@ def test_a_run_counts_on_from_the_state_s_step(
     assert first["loss"] == pytest.approx(float(loss), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["deepspeed", "huggingface"])
+@pytest.mark.parametrize("name", ["deepspeed, imported", "deepspeed, going on there", "huggingface, imported"])
 def test_a_run_from_an_imported_checkpoint_is_the_same(
-    kind: str, runs: dict[str, RunConfig], found: list[dict[str, Any]]
+    name: str, runs: dict[str, RunConfig], found: list[dict[str, Any]]
 ) -> None:
-    direct, imported = (
-        [
-            {key: line[key] for key in ("step", "loss", "gradient_norm", "learning_rate", "fingerprint")}
-            for line in read_lines(run_folder(runs[name]) / "metrics.jsonl")
-        ]
-        for name in (kind, f"{kind}, imported")
-    )
+    direct, imported = (read_lines(run_folder(runs[key]) / "metrics.jsonl") for key in (name.split(",")[0], name))
     assert len(direct) == 2 and direct == imported

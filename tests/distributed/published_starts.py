@@ -1,4 +1,4 @@
-"""What two ranks do for test_universal.py: take up a state of DeepSpeed in two layouts, and train from it."""
+"""What two ranks do for test_published_starts.py: take up a state of DeepSpeed in two layouts, and train from it."""
 
 from __future__ import annotations
 
