@@ -5,7 +5,7 @@
 
 A folder in DeepSpeed's universal layout with weights and moments in float32, and one of Hugging Face with weights in
 bfloat16, are written and imported, each in a process of its own. Its largest resident set (VmHWM) counts pages of the
-files that are mapped, which the system can drop; memory that no file backs (RssAnon, looked at every 5 ms) stands apart.
+files that are mapped, which the system can drop; memory that no file backs (RssAnon, seen every 5 ms) stands apart.
 """
 
 from __future__ import annotations

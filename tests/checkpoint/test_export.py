@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +91,7 @@ def test_every_scale_is_folded_into_a_llama(tmp_path: Path, vocabulary: Path, mo
     lines: list[str] = []
     path = write_checkpoint(tmp_path / "run", model, state, vocabulary, rope_theta=49000.0)
     export(path, tmp_path / "llama", "llama", report=lines.append)
+    assert lines[-3].startswith("verified: tokenizer.json gives the same ids")
     assert lines[-2].startswith("verified: transformers") and lines[-1] == f"{tmp_path / 'llama'}: written"
     assert not (tmp_path / "llama.partial").exists()
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float64).eval()
@@ -211,7 +216,7 @@ def test_the_next_update_after_an_export_with_the_optimizer_is_the_same(tmp_path
     write_checkpoint(tmp_path / "run", YULAN, dict(decoder.state_dict()), vocabulary, state)
     lines: list[str] = []
     export(tmp_path / "run", tmp_path / "a", "yulan", with_optimizer=True, shard_size="20KB", report=lines.append)
-    assert lines[-2].endswith("\nverified: the moments too, after 3 updates")
+    assert lines[-2] == "verified: the moments too, after 3 updates"
     assert has_state(tmp_path / "a") and not has_state(tmp_path / "run")
     folder = open_exported_state(tmp_path / "a")
     assert (folder.progress.step, folder.progress.tokens, folder.progress.trained) == (3, 3 * 128, 3)
@@ -312,6 +317,25 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path: Path, run: Path) -> None:
         assert list((tmp_path / name).iterdir()) == []
 
 
+def test_a_disk_that_is_too_small_is_told_and_left_clean(
+    tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"^--output: .*s3://"):
+        export(run, Path("s3://bucket/llama"), "llama")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "write_tokenizer", full)
+        with pytest.raises(RunError, match=r"--output: .*llama was not written: .* No space left on device"):
+            export(run, tmp_path / "llama", "llama")
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=f"--output: the disk of {tmp_path} has 1,000 bytes free, and the tensors take"):
+        export(run, tmp_path / "new" / "llama", "llama")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_tokenizer_than_the_run_s_is_refused(tmp_path: Path) -> None:
     words = tmp_path / "words.tiktoken"
     write_vocabulary(words)
@@ -340,11 +364,14 @@ def test_an_export_that_is_not_the_model_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_transformers_it_says_so(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages_it_says_so(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tokenizers" else find(name))
     lines: list[str] = []
     export(run, tmp_path / "llama", "llama", report=lines.append)
-    assert any(line.startswith("NOT VERIFIED: the package transformers") for line in lines)
+    assert lines[-3].startswith("NOT VERIFIED: the package tokenizers") and "pip install" in lines[-3]
+    assert lines[-2].startswith("NOT VERIFIED: the package transformers") and "pip install" in lines[-2]
     assert (tmp_path / "llama" / "model.safetensors").is_file()
 
 

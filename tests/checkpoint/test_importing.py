@@ -103,6 +103,7 @@ def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
         with pytest.raises(RunError, match=r"was not written: the disk that holds .* is full"):
             import_checkpoint(tmp_path / "yulan", config, output, report=lambda line: None)
         assert not list(output.glob("checkpoints/*"))
+    (output / "checkpoints" / "step-00000000").mkdir()  # of one that was killed
     import_checkpoint(tmp_path / "yulan", config, output, report=lambda line: None)
     with pytest.raises(UserError, match=r"run has checkpoints already; name a new run folder"):
         import_checkpoint(tmp_path / "yulan", config, output)

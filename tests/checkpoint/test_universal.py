@@ -110,12 +110,12 @@ def test_a_plan_begins_at_the_step_of_the_state(folder: Path) -> None:
     assert plan.phases[0].tape_start == (0,) and plan.end.step == GLOBAL_STEP + 2
     (line,) = check_start(config)
     assert line.startswith(
-        f"{folder} is a state of DeepSpeed after 5 steps, epoch 1, 1 after its phase began. The run b"
+        f"{folder} holds the state of an optimizer after 5 steps, epoch 1, 1 after its phase began. "
     )
-    assert "at step 5, token 640 (counted in batches of this run's first phase)" in line
+    assert "at step 5, token 640 (in batches of this run's first phase)" in line
     edit(folder / "trainer_state.json", num_input_tokens_seen=1234)
     assert make_plan(config, None).phases[0].start == Position(5, 40, 1234)
-    assert "token 1,234 (counted by its trainer)" in check_start(config)[0]
+    assert "token 1,234 (as its trainer counted)" in check_start(config)[0]
 
 
 def test_counters_may_be_set_to_zero_and_adam_goes_on(tmp_path: Path, state: State) -> None:
@@ -124,7 +124,7 @@ def test_counters_may_be_set_to_zero_and_adam_goes_on(tmp_path: Path, state: Sta
     config = begin_from(tmp_path / "states")
     assert make_plan(config, None).phases[0].start == Position(0, 0, 0)
     lines = check_start(config)
-    assert "after 5 steps, 1 after its phase began. " in lines[0] and "at step 0, token 0 (counted in" in lines[0]
+    assert "after 5 steps, 1 after its phase began. " in lines[0] and "at step 0, token 0 (in batches" in lines[0]
     assert lines[1] == "note: trainer_state.json there says global_step 0; without that file, steps are counted on"
     assert read_step(open_universal(tmp_path / "states"), "model.norm.weight") == GLOBAL_STEP
 

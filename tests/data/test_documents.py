@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -76,9 +78,13 @@ def test_parquet_text_and_token_ids(tmp_path: Path) -> None:
     ] == "ids.parquet:4: 'input_ids' holds the negative id -1"
 
 
-def test_parquet_with_other_columns_only(tmp_path: Path) -> None:
+def test_parquet_with_other_columns_only_or_one_twice(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x", "y"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet has no column of documents.* its columns are 'body'"):
+        read(tmp_path / "a.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has several columns 'text'"):
         read(tmp_path / "a.parquet")
 
 
@@ -143,6 +149,42 @@ def test_order_is_that_of_the_arguments_and_repeats_count_once(tmp_path: Path) -
         (tmp_path / f"{name}.txt").write_text(name)
     arguments = [str(tmp_path / "c.txt"), str(tmp_path / "[ab].txt"), str(tmp_path)]
     assert [file.name for file in find_inputs(arguments)] == ["c.txt", "a.txt", "b.txt"]
+
+
+def test_links_are_followed_and_their_ends_count_once(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.txt").write_text("far")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("near")
+    for link, end in (("c.txt", "a.txt"), ("far", "../far"), ("far2", "../far"), ("loop", ".")):
+        (tmp_path / "in" / link).symlink_to(end)
+    assert texts(tmp_path / "in") == ["near", "far"]
+    (tmp_path / "in" / "d.txt").symlink_to("nowhere.txt")
+    for argument in ("in", "in/*.txt"):
+        with pytest.raises(UserError, match=r"d\.txt is a link to .*nowhere\.txt, which does not exist"):
+            find_inputs([str(tmp_path / argument)])
+
+
+def test_a_folder_that_may_not_be_searched_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def refusing(path: str) -> Any:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"cannot search .*closed: Permission denied"):
+        find_inputs([str(tmp_path)])
+
+
+def test_byte_order_marks_and_carriage_returns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf\r\n")
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfthree\r\n")
+    assert texts(tmp_path) == ["one", "two", "three\r\n"]
 
 
 @pytest.mark.parametrize("argument", ["none.txt", "*.txt", "builtin:poems", "data.bin"])
@@ -332,6 +374,12 @@ def test_shards_and_metadata_must_agree(tmp_path: Path, counts: list[int] | None
         read(tmp_path)
     metadata.unlink()
     assert len(read(tmp_path)) == 3
+
+
+def test_metadata_that_ends_many_rows_early(tmp_path: Path) -> None:
+    write_shard(tmp_path / "splited_part-0.parquet", [[1]] * 250, [1] * 50)
+    with pytest.raises(DamagedFile, match=r"has 250 rows, but splited_part-0-metadata\.json counts 50"):
+        read(tmp_path)
 
 
 def test_numbers_in_names_sort_as_numbers(tmp_path: Path) -> None:

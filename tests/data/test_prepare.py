@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.data.making import BYTES, EOS, content, documents, make, write_files
 from titan_yulan.data import tokenise
-from titan_yulan.data.source import Source
+from titan_yulan.data.inspect import inspect_source
+from titan_yulan.data.source import Source, write_description
 from titan_yulan.data.tape import Tape
 from titan_yulan.errors import UserError
 
@@ -69,11 +72,13 @@ def test_held_out_by_file_is_the_same_for_every_source(tmp_path: Path) -> None:
 
 
 def test_held_out_by_document_keeps_copies_together(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"text {row % 50}"}) for row in range(200)]
-    (tmp_path / "one.jsonl").write_text("\n".join(lines))
+    rows: list[dict[str, Any]] = [{"text": f"text {row % 50}"} for row in range(200)]
+    rows += [{"text": f"text{space}{row}"} for row in range(50) for space in " \u3000"]
+    rows += [{"input_ids": [row, 1, *end]} for row in range(100) for end in ((), (EOS,))]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
     make(str(tmp_path / "one.jsonl"), tmp_path / "out", validation_output=tmp_path / "val", validation_share=0.2)
     training, validation = documents(Source.open(tmp_path / "out")), documents(Source.open(tmp_path / "val"))
-    assert len(training) + len(validation) == 200 and validation
+    assert len(training) + len(validation) == 500 and len(set(validation)) > 9
     assert set(training).isdisjoint(validation)
 
 
@@ -100,11 +105,12 @@ def test_chat_masks_and_text_in_one_source(tmp_path: Path) -> None:
 
 
 def test_token_ids_get_one_end_of_text_and_are_checked(tmp_path: Path) -> None:
-    rows = [{"input_ids": [1, 2]}, {"input_ids": [3, EOS]}, {"input_ids": [EOS + 1]}, {"input_ids": []}]
+    ids = [[1, 2], [3, EOS], [EOS + 1], [], [EOS]]
+    rows = [{"input_ids": row} for row in ids]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     report = make(str(tmp_path / "a.jsonl"), tmp_path / "out", order="keep")
     assert Source.open(tmp_path / "out").shard_tokens(0).tolist() == [1, 2, EOS, 3, EOS]
-    assert (report.bad_rows, report.empty_documents, report.text_bytes) == (1, 1, 0)
+    assert (report.bad_rows, report.empty_documents, report.text_bytes) == (1, 2, 0)
     assert "outside the vocabulary of 257" in report.shown_bad_rows[0]
 
 
@@ -134,7 +140,48 @@ def test_empty_parts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("broken")
     with pytest.raises(UserError, match="1 bad rows skipped"):
         make(str(tmp_path / "b.jsonl"), tmp_path / "out")
-    with pytest.raises(UserError, match="must be apart"):
-        make(str(tmp_path / "a.jsonl"), tmp_path / "out", validation_output=tmp_path / "out", validation_share=0.1)
-    with pytest.raises(UserError, match="both or neither"):
-        make(str(tmp_path / "a.jsonl"), tmp_path / "out", validation_share=0.1)
+
+
+def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "file").write_text("")
+    out, sides = tmp_path / "out", {"validation_output": tmp_path / "val", "validation_share": 0.1}
+    for wrong, message in (
+        ({"validation_share": 0.1}, "both or neither"),
+        ({**sides, "validation_output": out}, "must be apart"),
+        ({**sides, "validation_output": out / "val"}, "must be apart"),
+        ({**sides, "validation_output": tmp_path}, "must be apart"),
+        ({**sides, "validation_output": tmp_path / "file" / "val"}, "cannot make .*file/val: "),
+        ({**sides, "validation_share": 1.0}, "validation_share 1.0: at least 0 and below 1"),
+        ({**sides, "validation_share": float("nan")}, "validation_share nan"),
+        ({**sides, "validation_share": -0.1}, "validation_share -0.1"),
+        ({"minimum_tokens": -1}, "minimum_tokens -1: at least 0"),
+        ({"workers": 0}, "workers 0: at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(str(tmp_path / "a.jsonl"), out, **wrong)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "file"]
+
+
+def test_an_output_that_no_rename_can_replace_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    make(str(tmp_path / "a.jsonl"), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and documents(Source.open(tmp_path / "link")) == ["one"]
+    assert make(str(tmp_path / "a.jsonl"), tmp_path / "link").reused
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make("../a.jsonl", Path("."))
+    assert documents(Source.open(tmp_path / "here")) == ["one"]
+
+
+def test_inspecting_a_split_and_what_another_program_wrote(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "topic": "math"}')
+    make(str(tmp_path / "a.jsonl"), tmp_path / "out", split_by="topic")
+    with pytest.raises(
+        UserError, match=r"holds 1, one for each value of a column: name one of them, such as .*out/math"
+    ):
+        inspect_source(tmp_path / "out")
+    write_description(replace(Source.open(tmp_path / "out" / "math"), made_from={}))
+    assert "made from    something else than data prepare" in inspect_source(tmp_path / "out" / "math")

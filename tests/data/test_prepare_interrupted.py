@@ -122,6 +122,20 @@ def test_unfinished_work_of_another_request_is_not_used(tmp_path: Path, monkeypa
     assert "changed" in documents(Source.open(tmp_path / "out"))
 
 
+def test_rows_that_an_earlier_start_skipped_are_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nbroken\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "arrange", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            make(str(tmp_path / "a.jsonl"), tmp_path / "out")
+    for folder in ("out.partial", "out"):
+        with pytest.raises(UserError, match=f"{folder} was made with --on-bad-row skip, which left out 1 bad rows"):
+            make(str(tmp_path / "a.jsonl"), tmp_path / "out", on_bad_row="fail")
+        make(str(tmp_path / "a.jsonl"), tmp_path / "out")
+
+
 def test_two_starts_wait_for_each_other(tmp_path: Path) -> None:
     inputs = write_files(tmp_path / "in", files=3)
     reports: list[Report] = []

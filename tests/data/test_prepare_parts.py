@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.making import content, make, write_files
+from tests.data.making import BYTES, content, make, write_files
 from titan_yulan import cli
+from titan_yulan.data import prepare as prepare_module
 from titan_yulan.data import tokenise
 from titan_yulan.data.prepare import merge
 from titan_yulan.data.source import Source
-from titan_yulan.data.train_tokenizer import train_tokenizer
+from titan_yulan.data.tokenizer import save_ranks
 from titan_yulan.errors import UserError
 
 OPTIONS = {"shard_tokens": 300, "validation_share": 0.4, "deduplicate": True}
@@ -98,6 +99,9 @@ def test_merging_asks_for_all_parts_of_one_request(tmp_path: Path, small_groups:
     for wrong in ({"seed": 1, "part": (1, 3)}, {"part": (1, 2)}):
         with pytest.raises(UserError, match="part 2/3 of another request"):
             make(inputs, out, **wrong)
+    with pytest.raises(UserError, match="part 1/2 of another request"):
+        make(inputs, tmp_path / "held", part=(1, 2), validation_output=tmp_path / "v1", validation_share=0.4)
+        make(inputs, tmp_path / "held", part=(2, 2), validation_output=tmp_path / "v2", validation_share=0.4)
     for wrong in ((0, 3), (4, 3)):
         with pytest.raises(UserError, match="only parts 1/n to n/n"):
             make(inputs, out, part=wrong)
@@ -107,6 +111,24 @@ def test_merging_asks_for_all_parts_of_one_request(tmp_path: Path, small_groups:
     assert (merged.documents, merged.reused) == (30, False)
     assert merge(out, say=quiet).reused
     assert make(inputs, out, part=(1, 3)).reused and not (tmp_path / "out.parts").exists()
+
+
+def test_a_merge_that_waited_for_another_finds_its_work_done(
+    tmp_path: Path, small_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, out = write_files(tmp_path / "in", files=2, rows=6), tmp_path / "out"
+    make(inputs, out, part=(1, 1))
+    locked, reports = prepare_module.locked, []
+
+    def after_another(*arguments):
+        monkeypatch.setattr(prepare_module, "locked", locked)
+        reports.append(merge(out, workers=1, say=quiet))
+        return locked(*arguments)
+
+    monkeypatch.setattr(prepare_module, "locked", after_another)
+    reports.append(merge(out, workers=1, say=quiet))
+    assert [report.reused for report in reports] == [False, True]
+    assert sorted(os.listdir(tmp_path)) == [".out.lock", "in", "out"]
 
 
 def test_parts_of_two_requests_are_not_merged(tmp_path: Path, small_groups: None) -> None:
@@ -128,8 +150,9 @@ def test_command_line_in_parts(
 ) -> None:
     write_files(tmp_path / "in", files=5, rows=6)
     monkeypatch.chdir(tmp_path)
-    train_tokenizer([["in"]], "v.tiktoken", 260, say=quiet)
+    save_ranks("v.tiktoken", BYTES.ranks)
     shared = ["--name", "a", "--tokenizer", "v.tiktoken", "--minimum-tokens", "0", "--order=keep", "in"]
+    shared += ["--workers", "1"]
     for part in ("1/2", "2/2"):
         assert cli.main(["data", "prepare", *shared, "--output", "x/parts", "--part", part]) == 0
     assert cli.main(["data", "merge", "x/parts"]) == 0

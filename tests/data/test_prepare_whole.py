@@ -23,7 +23,7 @@ from titan_yulan.data.source import Source
 
 rows = st.fixed_dictionaries(
     {
-        "text": st.text(alphabet="ab ", min_size=0, max_size=4),
+        "text": st.text(alphabet="ab ", min_size=0, max_size=4) | st.just(5),  # a bad row
         "score": st.sampled_from([-1.5, 0, 2, 1e300, float("inf")]),
         "date": st.sampled_from(["2023", "2024-01", "é"]),
         "topic": st.sampled_from(["math", "code", "数学"]),
@@ -33,7 +33,8 @@ rows = st.fixed_dictionaries(
 
 def expected(files: list[list[dict[str, Any]]], options: dict[str, Any]) -> dict[str, list[str]]:
     """Value of the split-by column -> texts in order (of the input, when shuffled)."""
-    kept = [row for file in files for row in file if row["text"] and len(row["text"]) >= options["minimum_tokens"]]
+    texts = [row for file in files for row in file if isinstance(row["text"], str) and row["text"]]
+    kept = [row for row in texts if len(row["text"]) >= options["minimum_tokens"]]
     if options["deduplicate"]:
         firsts: dict[str, dict[str, Any]] = {}
         for row in kept:
@@ -88,9 +89,9 @@ def test_any_request_whole_and_in_parts(files: list, options: dict[str, Any], pa
             assert sorted(stored) == sorted(texts)
             assert options["order"] == "shuffle" or stored == texts
             assert sources[value].ordered == (options["order"] != "shuffle")
-        assert report.short_documents + report.duplicate_documents + report.empty_documents + report.documents == sum(
-            map(len, files)
-        )
+        left_out = report.bad_rows + report.empty_documents + report.short_documents + report.duplicate_documents
+        assert report.documents + left_out == sum(map(len, files))
+        assert report.bad_rows == sum(row["text"] == 5 for file in files for row in file)
         for part in range(1, parts + 1):
             make(inputs, folder / "divided", part=(part, parts), **options)
         merge(folder / "divided", workers=1, say=lambda line: None)

@@ -64,7 +64,7 @@ def naive_epoch(source: Source, seed: int, epoch: int) -> list[np.ndarray]:
     seed=st.integers(0, 2**63 - 1),
     data=st.data(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_reads_equal_the_naive_tape(shards, ordered, masked, seed, data) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = make_source(Path(folder), shards, ordered=ordered, masked=masked)

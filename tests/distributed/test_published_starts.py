@@ -26,6 +26,7 @@ from tests.data.making import BYTES, make, write_files
 from tests.distributed.published_starts import LAYOUTS, WORLD, universal
 from tests.distributed.ranks import run_ranks
 from titan_yulan.checkpoint import store
+from titan_yulan.checkpoint.export import export
 from titan_yulan.checkpoint.importing import import_checkpoint
 from titan_yulan.checkpoint.layout import find_checkpoints
 from titan_yulan.checkpoint.resume import make_plan, run_folder
@@ -52,7 +53,7 @@ def peer() -> Peer:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> dict[str, RunConfig]:
-    """From DeepSpeed's and Hugging Face's folders, and from what was imported from them."""
+    """From DeepSpeed's and Hugging Face's folders, from what was imported from them, and from an export of that."""
     root = tmp_path_factory.mktemp("universal")
     save_ranks(root / "t.tiktoken", BYTES.ranks)
     make(write_files(root / "text", 4), root / "source")
@@ -61,12 +62,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> dict[str, RunC
     configs = {}
     for kind in ("deepspeed", "huggingface"):
         configs[kind] = config(root, kind, root / kind)
-        import_checkpoint(root / kind, configs[kind], root / f"{kind}-imported", report=lambda line: None)
+        import_checkpoint(root / kind, configs[kind], root / f"{kind}-imported", report=say_nothing)
         configs[f"{kind}, imported"] = config(root, f"{kind}-again", root / f"{kind}-imported")
+    export(
+        root / "deepspeed-imported", root / "exported", "yulan", with_optimizer=True, verify=False, report=say_nothing
+    )
+    configs["deepspeed, exported"] = config(root, "deepspeed-exported", root / "exported")
     # at last, for the others begin from the newest checkpoint there
     own = RunSection(name="deepspeed-imported", seed=7, output_dir=str(root))
     configs["deepspeed, going on there"] = replace(configs["deepspeed"], run=own)
     return configs
+
+
+def say_nothing(line: str) -> None:
+    pass
 
 
 def config(root: Path, name: str, start_from: Path) -> RunConfig:
@@ -147,8 +156,10 @@ def test_a_run_counts_on_from_the_state_s_step(
     assert first["loss"] == pytest.approx(float(loss), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["deepspeed, imported", "deepspeed, going on there", "huggingface, imported"])
-def test_a_run_from_an_imported_checkpoint_is_the_same(
+@pytest.mark.parametrize(
+    "name", ["deepspeed, imported", "deepspeed, going on there", "deepspeed, exported", "huggingface, imported"]
+)
+def test_a_run_from_an_imported_or_exported_checkpoint_is_the_same(
     name: str, runs: dict[str, RunConfig], found: list[dict[str, Any]]
 ) -> None:
     direct, imported = (read_lines(run_folder(runs[key]) / "metrics.jsonl") for key in (name.split(",")[0], name))

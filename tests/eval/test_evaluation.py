@@ -240,4 +240,4 @@ def share_the_work(world: World, run: Path) -> list[bool]:
 
 
 def test_ranks_give_the_results_of_one_process_to_the_bit(run: Path) -> None:
-    assert run_ranks(share_the_work, 3, run) == [[True] * 4] * 3
+    assert run_ranks(share_the_work, 2, run) == [[True] * 4] * 2

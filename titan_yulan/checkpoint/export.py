@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,7 @@ from titan_yulan.checkpoint.universal import MOMENTS
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.data.tokenizer import Tokenizer
-from titan_yulan.errors import RunError, UserError, explain_os_error
+from titan_yulan.errors import RunError, UserError
 from titan_yulan.parallel.fsdp import is_replicated
 
 _UNITS = {"KB": 1000, "MB": 1000**2, "GB": 1000**3}
@@ -99,14 +99,16 @@ def export(
         _write_descriptions(source, form, dtype, partial)
         if with_optimizer:
             _write_state(source, partial)
-        report(_verify(source, form, dtype, partial) if verify else "NOT VERIFIED: left out by --no-verify")
-        sync_folder(partial)
+        for line in _verify(source, form, dtype, partial) if verify else ["NOT VERIFIED: left out by --no-verify"]:
+            report(line)
+        for written in (*partial.rglob("*"), partial):
+            sync_folder(written)  # files too
         partial.rename(output)
         sync_folder(output.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
-            raise RunError(f"--output: {explain_os_error(error, output)}") from error
+            raise RunError(f"--output: {output} was not written: {error}") from error
         raise
     report(f"{output}: written")
 
@@ -225,14 +227,14 @@ def _write_json(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _verify(source: Source, form: str, dtype: str, folder: Path) -> str:
-    verify_tokenizer(source.tokenizer, folder)
+def _verify(source: Source, form: str, dtype: str, folder: Path) -> Iterator[str]:
+    yield verify_tokenizer(source.tokenizer, folder)
     if form == "llama":
-        return verify_llama(source.checkpoint, source.model, source.tokenizer, folder, dtype)
-    lines = [verify_yulan(source.checkpoint, source.model, folder, dtype)]
+        yield verify_llama(source.checkpoint, source.model, source.tokenizer, folder, dtype)
+        return
+    yield verify_yulan(source.checkpoint, source.model, folder, dtype)
     if has_state(folder):
-        lines.append(verify_moments(source.checkpoint, source.model, folder))
-    return "\n".join(lines)
+        yield verify_moments(source.checkpoint, source.model, folder)
 
 
 def parse_size(text: str) -> int:

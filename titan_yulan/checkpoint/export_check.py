@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -50,14 +51,21 @@ aaaaaaaaaaaaaaaaaaaaaaa ============ \u2026\u2026 0x7fff_ffff 192.168.0.1 https:
 """
 
 
-def verify_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def verify_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """The files in `folder`, read by the package tokenizers, must give the tokenizer's ids: of `TEXT`, and of all
     tokens of a tiktoken vocabulary one behind the other.
 
+    Returns:
+        What was found, in a line.
+
     Raises:
         RunError: they do not.
-        UserError: the package is missing.
     """
+    if importlib.util.find_spec("tokenizers") is None:
+        return (
+            "NOT VERIFIED: the package tokenizers, which would read tokenizer.json, is missing. "
+            "pip install 'titan-yulan[huggingface]' and export again"
+        )
     written = HuggingFaceTokenizer.open(folder)
     if (written.eos_id, written.vocab_size) != (tokenizer.eos_id, tokenizer.vocab_size):
         raise RunError(f"{folder.name}: tokenizer.json has another end of text or another size than the tokenizer")
@@ -73,6 +81,7 @@ def verify_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
                 f"a tokenizer.json of this vocabulary gives other ids than tiktoken does, first near {near!r}; export "
                 "with --no-verify and use the vocabulary itself"
             )
+    return f"verified: tokenizer.json gives the same ids for {sum(map(len, texts)):,} characters"
 
 
 def verify_llama(checkpoint: Checkpoint, model: ModelConfig, tokenizer: Tokenizer, folder: Path, dtype: str) -> str:

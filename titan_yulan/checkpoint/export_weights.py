@@ -54,7 +54,7 @@ class TensorFiles:
             names = in_file_order(members, self.layouts)
             path = self.folder / file
             write_file(path, {name: self.layouts[name] for name in names}, self._values(names))
-            report(f"{file}: {len(names)} tensors, {path.stat().st_size / 1e6:,.1f} MB")
+            report(f"{self.folder.name}/{file}: {len(names)} tensors, {path.stat().st_size / 1e6:,.1f} MB")
         write_index(self.folder, files, self.layouts)
 
     def _values(self, names: list[str]) -> Iterator[Tensor]:

@@ -79,6 +79,7 @@ def import_checkpoint(
         load_hugging_face(weights, {EMBEDDING: torch.empty(weights.tensors[EMBEDDING].shape)})
     state = _state(config, published)
     path = layout.step_folder(output / "checkpoints", state.step)
+    layout.remove_leftovers(path.parent)  # of an import that was killed
     _write(path, _readers(published, parameter_shapes(config.model)), state, configuration.to_toml(config))
     moments = "with both moments" if isinstance(published, UniversalFolder) else "weights alone: moments begin at zero"
     report(f"{path}: {len(weights.tensors)} tensors, {moments}, at step {state.step:,} of phase {state.phase!r}")
@@ -88,7 +89,7 @@ def import_checkpoint(
 def _check_output(config: RunConfig, output: Path) -> None:
     if refusal := refuse_address(str(output)):
         raise UserError(f"--output: {refusal}")
-    if (output / "checkpoints").exists() and any((output / "checkpoints").iterdir()):
+    if layout.find_checkpoints(output / "checkpoints"):
         raise UserError(f"--output: {output} has checkpoints already; name a new run folder")
     if config.first_phase:
         raise UserError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
+from titan_yulan.checkpoint.exported_state import has_state, open_exported_state, read_exported_progress
 from titan_yulan.checkpoint.hugging_face import (
     HuggingFaceFolder,
     check_hugging_face,
@@ -17,6 +18,7 @@ from titan_yulan.checkpoint.hugging_face import (
 )
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.checkpoint.universal import (
+    Progress,
     UniversalFolder,
     check_universal,
     is_universal,
@@ -86,15 +88,16 @@ def run_folder(config: RunConfig) -> Path:
 
 def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     """The plan of a run: from its own origin if it has a checkpoint, else from where the checkpoint of `start_from` was
-    (a state of DeepSpeed has a place too, with tapes unread; a Hugging Face folder has none, nor has one that is still
-    to come), else from zero."""
+    (a state of DeepSpeed or an exported one has a place too, with tapes unread; weights alone have none, nor has what
+    is still to come), else from zero."""
     start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
         plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
-    elif is_universal(start_from):
-        plan = Plan(config, read_progress(start_from).position(config))
-    elif start_from and Path(start_from).exists() and not is_hugging_face(start_from):
+    elif is_published(start_from):
+        progress = published_progress(start_from)
+        plan = Plan(config, progress.position(config) if progress else Position(0, 0, 0))
+    elif start_from and Path(start_from).exists():
         state = layout.open_checkpoint(Path(start_from)).state()
         plan = Plan(config, Position(state.step, state.row, state.token), state.tapes)
     else:
@@ -254,7 +257,20 @@ def open_published(path: str | Path) -> HuggingFaceFolder | UniversalFolder:
     Raises:
         UserError: it cannot be read.
     """
-    return open_universal(path) if is_universal(path) else open_hugging_face(path)
+    if is_universal(path):
+        return open_universal(path)
+    return open_exported_state(path) if has_state(path) else open_hugging_face(path)
+
+
+def published_progress(path: str | Path) -> Progress | None:
+    """How far the state in such a folder was trained; None: it holds weights alone.
+
+    Raises:
+        UserError: its counters cannot be read.
+    """
+    if is_universal(path):
+        return read_progress(path)
+    return read_exported_progress(path) if has_state(path) else None
 
 
 def check_published(

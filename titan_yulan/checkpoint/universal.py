@@ -55,8 +55,8 @@ class Progress:
 
     step: that the run is to begin at, zero where trainer_state.json was made to say so.
     trained: steps that the state has behind it.
-    tokens: trained on, as Hugging Face's Trainer counted them; None: it did not.
-    epoch: of the same; YuLan-Mini's trainer counts its curriculum's phases so.
+    tokens: trained on, as its trainer counted them; None: it did not.
+    epoch: as Hugging Face's Trainer counts; YuLan-Mini's counts its curriculum's phases so.
     phase_began: step at which its phase began, in YuLan-Mini's config.json.
     """
 
@@ -77,7 +77,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class UniversalFolder:
-    """What is in it; `steps` are the files of Adam's steps, by parameter."""
+    """Weights and the state of their optimizer, of DeepSpeed or exported by us; `steps` are the files of Adam's steps,
+    by parameter, for those that have their own."""
 
     path: Path
     weights: HuggingFaceFolder
@@ -185,11 +186,11 @@ def check_universal(config: RunConfig, folder: UniversalFolder, allow_changes: C
     progress, place = folder.progress, folder.progress.position(config)
     epoch = f", epoch {progress.epoch:g}" if progress.epoch else ""
     began = f", {progress.trained - progress.phase_began:,} after its phase began" if progress.phase_began else ""
-    known = "counted in batches of this run's first phase" if progress.tokens is None else "counted by its trainer"
+    known = "in batches of this run's first phase" if progress.tokens is None else "as its trainer counted"
     lines = [
-        f"{folder.path} is a state of DeepSpeed after {progress.trained:,} steps{epoch}{began}. The run begins with "
-        f"its weights and moments at step {progress.step:,}, token {place.token:,} ({known}), with all sources unread"
+        f"{folder.path} holds the state of an optimizer after {progress.trained:,} steps{epoch}{began}. The run begins "
+        f"with it at step {progress.step:,}, token {place.token:,} ({known}), with all sources unread"
     ]
-    if progress.step != progress.trained:
+    if progress.step == 0 < progress.trained:
         lines += [f"note: {_TRAINER} there says global_step 0; without that file, steps are counted on"]
     return lines + notices

@@ -1,7 +1,7 @@
 """`mix = "FILE"`: the shares of a phase from a published recipe or from a table of two columns.
 
     *.json   a data_mix recipe as YuLan-Mini publishes them: {"Number of Selected Tokens(B)": {PATH: BILLIONS}, ...}
-    *.csv    PATH,AMOUNT a line; a first line whose amount has no digit is a header, empty lines are passed over
+    *.csv    PATH,AMOUNT a line; a first line whose amount is a word without digits is a header, empty lines are passed over
 
 A PATH becomes the name of a source by `source_name`; an AMOUNT is what a [phase.mix] table takes: a weight, such as the
 recipe's billions, or tokens as in "1.2B". Source of the first: github.com/RUC-GSAI/YuLan-Mini.
@@ -95,8 +95,9 @@ def _read_columns(text: str, label: str) -> Iterator[tuple[str, Any, int]]:
             if len(row) != 2:
                 raise UserError(f"{label}:{rows.line_num}: {len(row)} columns; needed: two, source and amount")
             source, amount = row[0].strip(), row[1].strip()
-            if not (first and amount and not re.search("[0-9]", amount)):
-                yield source, _amount(amount), rows.line_num
+            number = _amount(amount)
+            if not (first and amount and isinstance(number, str) and not re.search("[0-9]", amount)):
+                yield source, number, rows.line_num
             first = False
     except csv.Error as error:
         raise UserError(f"{label}:{rows.line_num}: not CSV: {error}") from None

@@ -22,7 +22,8 @@ _OPENING, _CLOSING = "([{", ")]}"
 _LAYOUT = (
     (r"\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
-    (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[!,;: ]|~", " "),
+    (r"(?<!\\)\\!\s*", ""),
+    (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
     (r"\^\s*\{?\\circ\}?|\\degree|°", ""),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:le|leq|leqslant)(?![A-Za-z])", "<="),

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
+import torch
+
 from titan_yulan.data.report import Say
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
@@ -63,21 +65,25 @@ class Evaluator:
         say: Say = lambda line: None,
         max_new_tokens: int | None = None,
         execute_code: bool = False,
+        device: torch.device | None = None,
+        between: Callable[[str], None] = lambda what: None,
     ) -> None:
         """
         Args:
-            decoder: on the device and in the types that it computes in.
+            decoder: in the types that it computes in; whole, where the model is to write.
             context: tokens of a row, at most.
             batch_tokens: tokens of a batch, padding included.
             share: how ranks share the work; None: there is one.
             say: gets lines about the progress.
             max_new_tokens: lowers what requests may write; None: as they say.
             execute_code: run what the model writes, in the sandbox.
+            device: that it computes on; None: that of its weights.
+            between: called after every batch, on all ranks alike; may raise to end the evaluation.
         """
-        self.tokenizer, self.context, self.say = tokenizer, context, say
+        self.tokenizer, self.context, self.say, self.between = tokenizer, context, say, between
         self.share = share or Share()
         self.max_new_tokens, self.execute_code = max_new_tokens, execute_code
-        self._likelihoods = Likelihoods(decoder, context, batch_tokens, self.share)
+        self._likelihoods = Likelihoods(decoder, context, batch_tokens, self.share, device)
         self._write = Writer(decoder, tokenizer, context, batch_tokens, self.share)
 
     def check(self, works: Sequence[Work]) -> None:
@@ -207,6 +213,7 @@ class Evaluator:
 
         def say(done: int) -> None:
             nonlocal said
+            self.between(work.task.name)
             now = time.perf_counter()
             if now - said >= _SAY_EVERY:
                 said = now

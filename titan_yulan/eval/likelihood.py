@@ -80,17 +80,25 @@ def encode_text(tokenizer: Tokenizer, ids: Sequence[int], context: int) -> list[
 class Likelihoods:
     """Computes log-likelihoods under a decoder; see the head of this file."""
 
-    def __init__(self, decoder: Decoder, context: int, batch_tokens: int, share: Share | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: int,
+        batch_tokens: int,
+        share: Share | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """
         Args:
-            decoder: on the device and in the types that it computes in.
+            decoder: whole, or laid out over ranks, in the types that it computes in.
             context: tokens of a row, at most; longer contexts lose their first tokens.
             batch_tokens: tokens of a batch, padding included; a batch holds at least one row.
             share: how ranks share the work; None: there is one.
+            device: that it computes on; None: that of its weights.
         """
         self.decoder, self.context, self.batch_tokens = decoder, context, batch_tokens
         self.share = share or Share()
-        self.device = decoder.model.embed_tokens.weight.device
+        self.device = device or decoder.model.embed_tokens.weight.device
 
     def __call__(self, spans: Sequence[Span], progress: Callable[[int], None] = lambda done: None) -> list[Likelihood]:
         """The likelihood of each span, on all ranks.

@@ -18,7 +18,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part; `group`: of all `size` ranks, for messages between hosts; None: there is one."""
+    """One rank's part.
+
+    group: of all ranks, for messages between hosts; None: there is one. It has more than `size` ranks where some hold
+        parts of one model: they have the same number here, do the same batches and get the same results.
+    """
 
     rank: int = 0
     size: int = 1
@@ -38,7 +42,7 @@ class Share:
         """The parts of all ranks together."""
         if self.group is None:
             return mine
-        parts: list[dict[int, Any]] = [{} for _ in range(self.size)]
+        parts: list[dict[int, Any]] = [{} for _ in range(self.group.size())]
         dist.all_gather_object(parts, mine, group=self.group)
         return {key: value for part in parts for key, value in part.items()}
 

@@ -1,0 +1,65 @@
+"""Log-likelihoods under a decoder that ranks share are those of the whole one, and leave it as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.distributed.layout_cases import VOCABULARY, Case, make_learner
+from tests.distributed.ranks import run_ranks
+from titan_yulan.data import hashing
+from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span
+from titan_yulan.eval.share import Share
+from titan_yulan.model import Decoder
+from titan_yulan.parallel.fsdp import reshard
+from titan_yulan.parallel.process import World
+
+_TENSOR = Case(4, "FSDP 2 x TP 2", {"tensor": 2}, model="grouped")
+CASES = (
+    Case(4, "FSDP 4", compute_dtype="float32"),
+    Case(4, "HSDP 2 x 2", {"data_replicate": 2}),
+    replace(_TENSOR, checkpointing="selective", backend="aot_eager"),
+    Case(4, "CP 2 x TP 2", {"context": 2, "tensor": 2}, model="norms"),
+)
+
+
+def spans() -> list[Span]:
+    tokens = (hashing.bits(1, np.arange(400)) % np.uint64(VOCABULARY)).astype(int).tolist()
+    sizes = [(1, 1), (9, 2), (30, 4), (2, 11), (5, 1), (17, 3), (12, 12)]
+    found = [Span(tokens[i : i + a], tokens[i + a : i + a + b]) for i, (a, b) in enumerate(sizes)]
+    return [*found, Span(found[1].context, [3]), Span(found[1].context, [4])]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def compare(world: World) -> list[tuple[str, list[Likelihood], list[Likelihood], bool]]:
+    """For each case its name, the likelihoods of the ranks together and of one, and whether the weights stayed."""
+    found = []
+    for case in CASES:
+        torch.compiler.reset()
+        learner = make_learner(case, world)
+        weights = {name: whole(parameter).clone() for name, parameter in learner.decoder.named_parameters()}
+        share = Share(learner.mesh.data_rank, learner.mesh.data_size, world.host)
+        together = Likelihoods(learner.decoder, 24, 60, share, world.device)(spans())
+        reshard(learner.decoder)
+        alone = Decoder(learner.config.model)
+        alone.load_state_dict(weights)
+        same = all(torch.equal(whole(p), weights[name]) for name, p in learner.decoder.named_parameters())
+        found.append((case.name, together, Likelihoods(alone, 24, 60)(spans()), same))
+    return found
+
+
+def test_every_layout_gives_the_likelihoods_of_one_process() -> None:
+    ranks = run_ranks(compare, 4)
+    for name, together, alone, same in ranks[0]:
+        assert same, name
+        for left, right in zip(together, alone, strict=True):
+            assert abs(left.logprob - right.logprob) < 1e-4 * max(1.0, abs(right.logprob)), name
+            assert (left.tokens, left.greedy, left.cut) == (right.tokens, right.greedy, right.cut), name
+    assert all(rank == ranks[0] for rank in ranks)
