@@ -128,6 +128,7 @@ def test_the_resolved_configuration_does_not_need_the_file(tmp_path: Path) -> No
         ("mix.csv", "code,1\nmath,x\n", r"^mix\.csv:2: phase\.mix\.math: .*'x'"),
         ("mix.csv", "code,1\nmath,-1\n", r"^mix\.csv:2: phase\.mix\.math: found -1"),
         ("mix.csv", "math,1\ncode,nan\n", r"^mix\.csv:2: phase\.mix\.code: found nan"),
+        ("mix.csv", "code,inf\n", r"^mix\.csv:1: phase\.mix\.code: found inf"),  # no header
         ("mix.csv", "code,l.2\nmath,1\n", r"^mix\.csv:1: phase\.mix\.code: .*'l\.2'"),
         ("mix.csv", "code,\nmath,1\n", r"^mix\.csv:1: phase\.mix\.code: "),
         ("mix.csv", "a,b\nc,d\ncode,1", r"^mix\.csv:2: phase\.mix\.c: "),

@@ -83,7 +83,7 @@ def prepare(
     outputs = _outputs(name, output, validation_output)
     if part is not None and not 1 <= part[0] <= part[1]:
         raise UserError(f"part {part[0]}/{part[1]}: there are only parts 1/n to n/n")
-    workers = _checked(workers)
+    workers = _processes(workers)
     files = find_inputs(inputs)
     units = group_files(files)
     options = {"order": order, "split_by": split_by, "minimum_tokens": minimum_tokens, "deduplicate": deduplicate}
@@ -126,7 +126,7 @@ def merge(output: Path | str, *, workers: int | None = None, say: Say = say_now)
         return report_sources(name, {"training": merged}, [], time.perf_counter() - start, reused=True)
     parts = open_parts(output)
     outputs = _outputs(parts.recipe.name, output, parts.validation_output)
-    work = Work(parts.recipe, outputs, _checked(workers), say)
+    work = Work(parts.recipe, outputs, _processes(workers), say)
     _make_parents(outputs)
     with _exclusively(output, say):
         report = _reused(work, start)
@@ -172,7 +172,7 @@ def _replaceable(folder: Path | str) -> Path:
     return folder.resolve() if folder.is_symlink() or folder.name in ("", "..") else folder
 
 
-def _checked(workers: int | None) -> int:
+def _processes(workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"workers {workers}: at least 1")
     return workers or default_workers()

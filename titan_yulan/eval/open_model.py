@@ -82,7 +82,7 @@ def _open_hugging_face(path: Path) -> TrainedModel:
         decoder,
         Tokenizer.load(path),
         fingerprint=hashlib.sha256(hashes.encode()).hexdigest(),
-        precision="bfloat16" if stored == {"BF16"} else "float32",
+        precision="bfloat16" if "BF16" in stored else "float32",
         context=longest,
         longest=longest,
     )
