@@ -48,14 +48,8 @@ def test_jsonl_names_every_bad_line(tmp_path: Path, suffix: str) -> None:
     assert [text for text in read_back if not text.startswith("a.")] == ["one", "last"]
     reasons = {int(text.split(":")[1]): text for text in read_back if text.startswith("a.")}
     assert list(reasons) == [2, 4, 5, 6, 7, 8, 10, 11]
-    for line, word in {
-        2: "not JSON",
-        4: "'title'",
-        5: "int",
-        6: "not UTF-8",
-        7: "not an object",
-        8: "surrogate",
-    }.items():
+    words = {2: "not JSON", 4: "'title'", 5: "int", 6: "not UTF-8", 7: "not an object", 8: "surrogate"}
+    for line, word in words.items():
         assert word in reasons[line]
 
 

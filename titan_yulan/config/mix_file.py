@@ -1,7 +1,7 @@
 """`mix = "FILE"`: the shares of a phase from a published recipe or from a table of two columns.
 
     *.json   a data_mix recipe as YuLan-Mini publishes them: {"Number of Selected Tokens(B)": {PATH: BILLIONS}, ...}
-    *.csv    PATH,AMOUNT a line; a first line whose amount is a word without digits is a header, empty lines are passed over
+    *.csv    PATH,AMOUNT a line; a first line with a word for an amount is a header; empty lines do not count
 
 A PATH becomes the name of a source by `source_name`; an AMOUNT is what a [phase.mix] table takes: a weight, such as the
 recipe's billions, or tokens as in "1.2B". Source of the first: github.com/RUC-GSAI/YuLan-Mini.
