@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ERROR: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted before anything was started", file=sys.stderr)
+        print("interrupted before anything was started" if options.verb is _train else "interrupted", file=sys.stderr)
         return 75 if options.verb is _train else 130
 
 
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tokenizer = verbs.add_parser("tokenizer", help="train a vocabulary").add_subparsers(metavar="VERB", required=True)
     train_bpe = _verb(tokenizer, "train", "train a byte-level BPE into tiktoken's format", _tokenizer_train)
-    train_bpe.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose")
+    train_bpe.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose|chat")
     train_bpe.add_argument("--vocab-size", type=int, required=True, help="entries, the end-of-text token included")
     train_bpe.add_argument("--output", required=True)
 
@@ -91,20 +91,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _eval_verb(verbs)
 
-    generate = _verb(verbs, "generate", "continue a text with the newest checkpoint of a run", _generate)
-    generate.add_argument("--run", required=True, help="run folder or checkpoint folder")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--new-tokens", type=int, default=100)
-    generate.add_argument("--temperature", type=float, default=0.8)
-    generate.add_argument("--top-k", type=int, default=40)
-    generate.add_argument("--seed", type=int, default=0)
+    _generate_verb(verbs)
     return parser
 
 
 def _data_verbs(verbs) -> None:
     data = verbs.add_parser("data", help="prepare and look at data").add_subparsers(metavar="VERB", required=True)
     prepare = _verb(data, "prepare", "turn text into a source", _data_prepare)
-    prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose")
+    prepare.add_argument("inputs", nargs="+", metavar="INPUT", help="files, globs or builtin:code|math|prose|chat")
     prepare.add_argument("--name", required=True)
     prepare.add_argument(
         "--tokenizer", required=True, help="tiktoken vocabulary file, or a tokenizer.json or its folder"
@@ -164,15 +158,17 @@ def _annotation_verbs(data) -> None:
     apply.add_argument("--minimum-probability", type=float, default=0.0, metavar="P", help="less likely: 'others'")
     apply.add_argument("--workers", type=int, help="processes (default: one per core)")
     for verb in (score, apply):
-        verb.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, globs or builtin:code|math|prose")
+        verb.add_argument(
+            "inputs", nargs="+", metavar="INPUT", help="files, folders, globs or builtin:code|math|prose|chat"
+        )
         verb.add_argument("--output", required=True, help="folder for the same files with more columns")
         verb.add_argument("--on-bad-row", choices=("skip", "fail"), default="skip")
 
 
 def _checkpoint_verbs(verbs) -> None:
-    checkpoint = verbs.add_parser("checkpoint", help="list, verify, compare and delete checkpoints").add_subparsers(
-        metavar="VERB", required=True
-    )
+    checkpoint = verbs.add_parser(
+        "checkpoint", help="list, verify, measure, compare and delete checkpoints"
+    ).add_subparsers(metavar="VERB", required=True)
     for name, text, verb in (
         ("list", "the complete checkpoints of a run", _checkpoint_list),
         ("verify", "compare every file with its hash", _checkpoint_verify),
@@ -190,6 +186,12 @@ def _checkpoint_verbs(verbs) -> None:
     )
     diff.add_argument("first", help="checkpoint folder, or run folder (its newest)")
     diff.add_argument("second")
+    stats = _verb(checkpoint, "stats", "size of every tensor, and how far it moved over a series", _checkpoint_stats)
+    stats.add_argument(
+        "folders", nargs="+", metavar="DIR", help="checkpoint folders, or run folders with all of theirs"
+    )
+    stats.add_argument("--csv", metavar="FILE", help="every number of every tensor")
+    stats.add_argument("--plot", metavar="FILE", help=".png, .svg or .pdf")
     export = _verb(checkpoint, "export", "write a Hugging Face folder: a Llama, or YuLan-Mini's format", _export)
     which = export.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="DIR", help="run folder: its newest checkpoint")
@@ -228,6 +230,28 @@ def _eval_verb(verbs) -> None:
     evaluate.add_argument("--execute-code", action="store_true", help="run the programs that the model writes")
     evaluate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     evaluate.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's own")
+
+
+def _generate_verb(verbs) -> None:
+    generate = _verb(verbs, "generate", "continue texts with a model, shown while they are written", _generate)
+    generate.add_argument(
+        "--run",
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="run folder, checkpoint folder, or Hugging Face Llama folder",
+    )
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="can be given more than once")
+    generate.add_argument("--prompts", metavar="FILE", help="more of them, one a line")
+    generate.add_argument("--new-tokens", type=int, default=100, metavar="N", help="write at most so many")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=40, metavar="N", help="draw from the N likeliest; 0: from all")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest making up P")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--context", type=int, metavar="N", help="tokens of prompt and text (default: as trained)")
+    generate.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens computed at a time")
+    generate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    generate.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's own")
 
 
 def _verb(verbs, name: str, text: str, function) -> argparse.ArgumentParser:
@@ -469,6 +493,19 @@ def _checkpoint_diff(options: argparse.Namespace) -> int:
     return 1 if differs else 0
 
 
+def _checkpoint_stats(options: argparse.Namespace) -> None:
+    from titan_yulan.checkpoint.stats import find_series, measure, table, write_csv
+
+    measured = list(measure(find_series([Path(folder) for folder in options.folders])))
+    if options.csv:
+        write_csv(Path(options.csv), measured)
+    if options.plot:
+        from titan_yulan.checkpoint.stats_plot import plot_stats
+
+        plot_stats(measured, Path(options.plot))
+    print("\n".join(table(measured)))
+
+
 def _export(options: argparse.Namespace) -> None:
     from titan_yulan.checkpoint.export import export
 
@@ -496,19 +533,19 @@ def _draw(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from titan_yulan.eval.load import continue_text
+    from titan_yulan.eval.continue_texts import Settings, continue_texts, read_prompts
+    from titan_yulan.eval.sampling import Sampling
 
-    print(
-        options.prompt
-        + continue_text(
-            Path(options.run),
-            options.prompt,
-            new_tokens=options.new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-        )
+    settings = Settings(
+        Sampling(options.temperature, options.top_k, options.top_p, options.seed),
+        new_tokens=options.new_tokens,
+        context=options.context,
+        batch_tokens=options.batch_tokens,
+        device=options.device,
+        precision=options.precision,
     )
+    prompts = read_prompts(options.prompt, Path(options.prompts) if options.prompts else None)
+    continue_texts(Path(options.run), prompts, settings)
 
 
 if __name__ == "__main__":

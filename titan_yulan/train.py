@@ -284,8 +284,9 @@ class Trainer:
             checkpoint = self._newest_checkpoint()
             if checkpoint is None:
                 self._build(self.plan.phases[0])
-            self._restore(checkpoint)
             self.plan.adapt(mixture_history(self.plan, checkpoint))
+            check_resume(self.config, self.plan, checkpoint, self.allow_changes)  # it may lie in a finished phase
+            self._restore(checkpoint)
         self.recorder.rewind(self.step)
         self._tell("went back", f"went back to step {self.step}", step=self.step)
 

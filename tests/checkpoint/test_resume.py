@@ -197,6 +197,17 @@ def test_changes_of_what_was_decided_are_refused_by_key(tmp_path: Path, config: 
     assert resume(config, checkpoint, key).step == 15
 
 
+def test_a_phase_whose_name_has_a_dot_is_frozen_as_well(tmp_path: Path) -> None:
+    phases = [replace(PHASES[0], name="v1.5"), replace(PHASES[1], name="v1.6")]
+    checkpoint = stopped(tmp_path, 15, configuration(*phases))
+    with pytest.raises(UserError, match=r'phase\."v1\.6"\.rope_theta'):
+        resume(configuration(phases[0], replace(phases[1], rope_theta=5.0)), checkpoint)
+    with pytest.raises(UserError, match=r'phase\."v1\.5"\.lr'):
+        resume(configuration(replace(phases[0], lr=()), phases[1]), checkpoint)
+    past_layout = replace(phases[0], parallel=ParallelSection(reshard_after_forward=False))
+    assert resume(configuration(past_layout, phases[1]), checkpoint).notices == []
+
+
 def test_all_refused_changes_are_told_at_once(tmp_path: Path) -> None:
     config = replace(changed(0, mix={"code": 1.0, "math": 0.4}), run=RunSection(name="test", seed=8))
     with pytest.raises(UserError) as error:
@@ -290,9 +301,7 @@ def test_a_run_in_an_object_store_is_refused_by_the_key(path: str) -> None:
 def test_a_start_that_is_not_there_can_be_planned_but_not_begun() -> None:
     config = configuration(replace(PHASES[0], start_from="gone"))
     assert make_plan(config, None).phases[0].start == Position(0, 0, 0)
-    with pytest.raises(
-        UserError, match=r"phase\.start_from: there is no gone; it names a checkpoint, a run folder or"
-    ):
+    with pytest.raises(UserError, match=r"phase\.start_from: there is no gone; it names a checkpoint, a run folder or"):
         check_start(config)
     assert check_start(configuration(PHASES[0])) == []
 
@@ -333,8 +342,11 @@ def test_shares_behind_the_checkpoint_stay_and_those_after_it_come_from_the_log(
     assert plan.phases[1].shares(55)["code"] == 0.1 and plan.phases[1].shares(56)["code"] == 0.8
     assert make_plan(config, stopped(tmp_path, 25, config)).history == ()  # phase b is over
     log.write_text(json.dumps(replace(entry(0, 0.6), shares={"other": 1.0}).to_json()))
-    with pytest.raises(UserError, match="has shares of 'other', which is no source of this configuration"):
+    with pytest.raises(UserError, match="has a share of 'other', which the mix of phase 'b' does not read"):
         make_plan(config, None)
+    own = run_folder(config) / "mixture.jsonl"
+    with pytest.raises(UserError, match=r"phase.mixture_history: .* is the log of this very run"):
+        make_plan(changed(1, mixture_history=str(own)), None)
     damaged = stopped(tmp_path / "damaged", 15, mixture_history=[{"row": 3}])
     with pytest.raises(RunError, match="step-00000015: mixture_history: not an adjustment"):
         make_plan(three_phases(), damaged)

@@ -72,6 +72,8 @@ def test_groups_keep_their_share_of_the_mix_and_other_sources_theirs() -> None:
     assert new["en-a"] + new["en-b"] == pytest.approx(0.6) and new["zh-a"] + new["zh-b"] == pytest.approx(0.2)
     # inside a group alone: the factor is 1.5 for en-b and 0.5 for zh-a
     assert new["en-b"] == pytest.approx(0.6 * 0.3 / 0.7) and new["zh-a"] == pytest.approx(0.2 * 0.05 / 0.15)
+    # a group that was not measured whole before waits
+    assert next_shares(section, shares, {"zh-a": 10.0, "en-a": 9.0, "en-b": 9.0}, before)["zh-a"] == 0.1
 
 
 def adaptive_run(length: str = "50 steps", **changes: Any) -> RunConfig:
@@ -157,6 +159,7 @@ def test_history_is_read_as_it_was_logged(tmp_path: Path) -> None:
         (json.dumps(adjustment(0, 0.5, 0.5, 0.5).to_json()), "line 1: the shares add up to 1.5, not to 1"),
         (json.dumps(adjustment(0, 1.5, -0.5, 0).to_json()), "line 1: shares is not a table of numbers from 0 to 1"),
         (json.dumps(adjustment(-8, 1, 0, 0).to_json()), "line 1: phase, step or row"),
+        (json.dumps({**adjustment(8, 1, 0, 0).to_json(), "perplexity": {"x": []}}), "line 1: perplexity is not a"),
         (json.dumps(adjustment(0, 1, 0, 0).to_json()), "knows nothing of phase 'c'; its phases: a"),
     ],
 )

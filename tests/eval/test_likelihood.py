@@ -12,7 +12,7 @@ from tests.data.making import BYTES, EOS
 from tests.eval.small_models import write_model
 from titan_yulan.errors import UserError
 from titan_yulan.eval.batches import batches_of
-from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair, encode_text
+from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair
 from titan_yulan.eval.open_model import TrainedModel, open_model
 from titan_yulan.eval.requests import Generation
 from titan_yulan.eval.write import Writer
@@ -42,7 +42,8 @@ def test_likelihoods_are_those_of_transformers(peer_and_model: Any, batch_tokens
         Span([generator.randrange(250) for _ in range(before)], [generator.randrange(250) for _ in range(after)])
         for before, after in [(1, 1), (30, 1), (30, 5), (7, 20), (60, 3), (1, 32), (2, 1)]
     ]
-    spans += [Span(spans[1].context, [letter]) for letter in (4, 5, 6)]  # one row for four continuations
+    spans += [Span(spans[1].context, [letter]) for letter in (4, 5, 6)]
+    spans += [Span(spans[3].context, spans[i].continuation) for i in (2, 4, 3, 0)]  # one row for several continuations
     likeliest = int(peer(torch.tensor([list(spans[2].context)])).logits[0, -1].argmax())
     spans.append(Span(spans[2].context, [likeliest]))
     found = Likelihoods(model.decoder, 32, batch_tokens)(spans)
@@ -61,13 +62,11 @@ def test_equal_contexts_are_computed_once(peer_and_model: Any, monkeypatch: pyte
     monkeypatch.setattr(
         type(model.decoder), "forward", lambda self, ids, **more: rows.append(len(ids)) or forward(self, ids, **more)
     )
-    Likelihoods(model.decoder, 64, 4096)([Span([1, 2, 3], [letter]) for letter in range(4)] + [Span([1, 2], [3, 4])])
+    spans = [Span([1, 2, 3], [letter]) for letter in range(4)] + [Span([1, 2, 3], [4, 5, 6]), Span([1, 2, 3], [4, 7])]
+    Likelihoods(model.decoder, 64, 4096)(spans)
     assert rows == [1]
-
-
-def test_a_continuation_longer_than_the_context_is_refused(peer_and_model: Any) -> None:
-    with pytest.raises(UserError, match="9 tokens, and the model reads 8"):
-        Likelihoods(peer_and_model[1].decoder, 8, 64)([Span([1], list(range(9)))])
+    Likelihoods(model.decoder, 5, 4096)(spans)  # all do not fit into one row
+    assert rows == [1, 2]
 
 
 def test_pairs_are_split_where_the_context_ends() -> None:
@@ -78,15 +77,16 @@ def test_pairs_are_split_where_the_context_ends() -> None:
         encode_pair(BYTES, "a", "")
 
 
-def test_texts_become_windows_that_predict_every_token_once(peer_and_model: Any) -> None:
-    windows = encode_text(BYTES, list(range(10)), 4)
-    assert [token for window in windows for token in window.continuation] == list(range(10))
-    read = [(*window.context, *window.continuation[:-1])[-4:] for window in windows]
-    assert read == [(EOS, 0, 1, 2), (3, 4, 5, 6), (5, 6, 7, 8)]
+def test_what_is_longer_than_the_context_is_predicted_in_windows(peer_and_model: Any) -> None:
     peer, model = peer_and_model
-    found = Likelihoods(model.decoder, 4, 64)(windows)
-    for window, value in zip(windows, found, strict=True):
-        assert value.logprob == pytest.approx(direct(peer, window, 4)[0], rel=1e-5)
+    ids = list(range(10))
+    # what is read for each window of at most 4 tokens, and how many tokens it predicts
+    windows = [((EOS, 0, 1, 2, 3), 4), ((3, 4, 5, 6, 7), 4), ((5, 6, 7, 8, 9), 2)]
+    expected = sum(direct(peer, Span(row[:-n], row[-n:]), 4)[0] for row, n in windows)
+    (found,) = Likelihoods(model.decoder, 4, 64)([Span([EOS], ids)])
+    assert found.logprob == pytest.approx(expected, rel=1e-5) and found.tokens == 10 and found.cut
+    (whole,) = Likelihoods(model.decoder, 10, 64)([Span([EOS], ids)])
+    assert whole.logprob == pytest.approx(direct(peer, Span([EOS], ids), 10)[0], rel=1e-5) and not whole.cut
 
 
 def test_batches_hold_every_row_once_within_the_budget() -> None:

@@ -16,7 +16,12 @@ from titan_yulan.checkpoint.layout import (
 from titan_yulan.errors import RunError, UserError
 
 
-def _checkpoints(folder: Path) -> list[Checkpoint]:
+def checkpoints_of(folder: Path) -> list[Checkpoint]:
+    """A checkpoint folder's one, or all complete ones of a run folder, oldest first.
+
+    Raises:
+        RunError: there is none.
+    """
     if (folder / MANIFEST).is_file():
         return [open_checkpoint(folder)]
     return find_checkpoints(folder / "checkpoints") or find_checkpoints(folder) or [open_checkpoint(folder)]
@@ -29,7 +34,7 @@ def list_checkpoints(folder: Path) -> list[str]:
         RunError: there is none.
     """
     lines = [f"{'step':>10} {'tokens':>16} {'GiB':>8}  phase"]
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints_of(folder):
         try:
             state = checkpoint.state()
             size = sum(entry["size"] for entry in checkpoint.manifest().values()) / 2**30
@@ -48,7 +53,7 @@ def verify_checkpoints(folder: Path) -> tuple[list[str], bool]:
         RunError: there is no checkpoint.
     """
     lines, sound = [], True
-    for checkpoint in _checkpoints(folder):
+    for checkpoint in checkpoints_of(folder):
         damage = find_damage(checkpoint)
         sound = sound and not damage
         lines.append(f"{checkpoint.path}: {'; '.join(damage) if damage else 'sound'}")
@@ -70,7 +75,7 @@ def prune_checkpoints(folder: Path, keep: int, delete: bool) -> list[str]:
     if keep < 1:
         raise UserError(f"--keep {keep}: at least 1 checkpoint has to be kept")
     lines, sound = [], 0
-    for checkpoint in reversed(_checkpoints(folder)):
+    for checkpoint in reversed(checkpoints_of(folder)):
         damage = find_damage(checkpoint, None if sound < keep else [STATE])
         if damage:
             lines.append(f"{checkpoint.path}: kept, damaged: {'; '.join(damage)}")

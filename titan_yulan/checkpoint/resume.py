@@ -26,9 +26,10 @@ from titan_yulan.checkpoint.universal import (
     read_progress,
 )
 from titan_yulan.config.paths import refuse_address
+from titan_yulan.config.read import dotted
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.adaptive import Adjustment, read_history
-from titan_yulan.curriculum.plan import Plan
+from titan_yulan.curriculum.adaptive import MIXTURE_LOG, Adjustment, read_history
+from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import RunError, UserError
 
@@ -57,10 +58,10 @@ _FREE = (
 )
 # Changes that alter the model or what rows come next: refused unless named by --allow-change.
 _FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*", "data.shuffle")
-# The same for the phase of the checkpoint's step, which can still be made longer; everything of a phase before it is
-# frozen.
 # What --allow-change lets move the rows: then the plan cannot be compared with the checkpoint's place any more.
 _MOVES_ROWS = ("run.seed", "data.", "phase.")
+# Refused for the phase of the checkpoint's step, which can still be made longer; everything of a phase before it is
+# frozen.
 _FROZEN_CURRENT = ("mix", "mix.*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
 # Tables of a phase that decide how it is computed, not what: a change is told, never refused.
 _LAYOUT = ("parallel", "activation_checkpoint")
@@ -126,15 +127,35 @@ def mixture_history(plan: Plan, checkpoint: Checkpoint | None) -> list[Adjustmen
     places = {(entry.phase, entry.row) for entry in known}
     for phase in plan.phases:
         if phase.section.mixture_history and phase.end.row > reached:
-            for entry in read_history(Path(phase.section.mixture_history), phase.name):
-                if unknown := sorted(set(entry.shares) - set(plan.sources)):
-                    raise UserError(
-                        f"phase.mixture_history: {phase.section.mixture_history} has shares of {unknown[0]!r}, which "
-                        "is no source of this configuration"
-                    )
-                if entry.row >= reached - phase.start.row and (entry.phase, entry.row) not in places:
-                    known.append(entry)
+            known += [
+                entry
+                for entry in _replayed(phase, run_folder(plan.config))
+                if entry.row >= reached - phase.start.row and (entry.phase, entry.row) not in places
+            ]
     return known
+
+
+def _replayed(phase: PhasePlan, folder: Path) -> list[Adjustment]:
+    """What `[phase] mixture_history` says of a phase of the run in `folder`.
+
+    Raises:
+        UserError: it cannot be read, is of other sources, or is what the run itself writes.
+    """
+    log = Path(phase.section.mixture_history)
+    if log.resolve() == (folder / MIXTURE_LOG).resolve():
+        raise UserError(
+            f"phase.mixture_history: {log} is the log of this very run, which drops what lies behind its checkpoint; "
+            "name a copy of it, or leave the key out"
+        )
+    history = read_history(log, phase.name)
+    mixed = {name for name, weight in zip(phase.sources, phase.weights.tolist(), strict=True) if weight}
+    for entry in history:
+        if unknown := sorted(name for name, share in entry.shares.items() if share and name not in mixed):
+            raise UserError(
+                f"phase.mixture_history: {log} has a share of {unknown[0]!r}, which the mix of phase {phase.name!r} "
+                "does not read; give it a weight there, or name the log of a run with these sources"
+            )
+    return history
 
 
 def check_resume(
@@ -212,7 +233,9 @@ def _check_changes(
         line = str(difference)
         # a source that came or went has not been read: else the mix of a phase that read it would differ as well
         other_source = difference.key.startswith("data.sources.") and None in (difference.old, difference.new)
-        past_layout = any(difference.key.startswith(f"phase.{name}.{part}.") for name in done for part in _LAYOUT)
+        past_layout = any(
+            difference.key.startswith(f"{dotted(('phase', name, part))}.") for name in done for part in _LAYOUT
+        )
         if _matches(difference.key, _FREE) or difference.key in allowed or other_source or past_layout:
             continue
         if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
@@ -236,13 +259,15 @@ def _matches(key: str, patterns: Collection[str]) -> bool:
 def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     if not key.startswith("phase."):
         return _matches(key, _FROZEN)
-    name, _, rest = key.removeprefix("phase.").partition(".")
+    start = {name: f"{dotted(('phase', name))}." for name in present}  # a name with a dot stands in quotes
+    name = next((name for name in present if key.startswith(start[name])), None)
+    if name is None:
+        return False  # a phase file may name only the phases up to its own
+    rest = key.removeprefix(start[name])
     if rest.partition(".")[0] in _LAYOUT:
         return False  # may change the rounding, not the stream: noted
     if rest == "mixture_history":
         return False  # what it says of rows behind the checkpoint is in the checkpoint
-    if name not in present:
-        return False  # a phase file may name only the phases up to its own
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
 
 

@@ -25,6 +25,8 @@ from titan_yulan.config.adaptive import adaptive_groups
 from titan_yulan.config.sections import AdaptiveSection
 from titan_yulan.errors import UserError
 
+MIXTURE_LOG = "mixture.jsonl"  # in the run folder: every adjustment
+
 
 @dataclass(frozen=True)
 class Adjustment:
@@ -64,7 +66,9 @@ class Adjustment:
         if not isinstance(entry["perplexity"], dict):
             raise ValueError("perplexity is not a table")
         # one that was not finite was logged as null
-        perplexity = {name: math.nan if value is None else float(value) for name, value in entry["perplexity"].items()}
+        perplexity = {name: math.nan if value is None else value for name, value in entry["perplexity"].items()}
+        if not all(isinstance(value, int | float) for value in perplexity.values()):
+            raise ValueError("perplexity is not a table of numbers")
         return replace(cls(**entry), perplexity=perplexity)
 
 
@@ -113,7 +117,9 @@ def next_shares(
 
     Args:
         shares: source -> its share until now, those of sources that are not read being 0.
-        before, now: source -> perplexity at the last adjustment and now, at least for every source of a group.
+        before: source -> perplexity at the last adjustment. A group with a source that was not measured then, because
+            the group is a new one, keeps its shares.
+        now: source -> perplexity now, at least for every source of a group.
     """
     new = dict(shares)
     for members in adaptive_groups(section, [name for name, share in shares.items() if share]).values():
@@ -121,7 +127,7 @@ def next_shares(
         group = inside.sum()
         result = adjusted_shares(
             inside / group,
-            np.array([before[name] for name in members]),
+            np.array([before.get(name, math.nan) for name in members]),
             np.array([now[name] for name in members]),
             section.alpha,
             np.array([section.weights.get(name, 1.0) for name in members]),
@@ -151,5 +157,5 @@ def read_history(path: Path, phase: str) -> list[Adjustment]:
     found = sorted((entry for entry in history if entry.phase == phase), key=lambda entry: entry.row)
     if not found:
         phases = ", ".join(sorted({entry.phase for entry in history})) or "none"
-        raise UserError(f"{key}: {path} knows nothing of phase {phase!r}; its phases: {phases}")
+        raise UserError(f"{key}: {path} knows nothing of phase {phase!r}; its phases: {phases}; set the key in these")
     return found

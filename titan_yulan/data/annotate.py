@@ -173,7 +173,9 @@ def _write_jsonl(job: Job, file: InputFile, counts: Counts, opened: BinaryIO | g
         for place, document, columns in _new_columns(job, file, block, counts):
             line = raw[place]
             row = _as_row(document) if line is None else json.loads(line)
-            opened.write(json.dumps(row | columns, ensure_ascii=False).encode() + b"\n")
+            # half a surrogate pair in another column has no UTF-8, but an escape in JSON
+            text = json.dumps(row | columns, ensure_ascii=False).encode(errors="backslashreplace")
+            opened.write(text + b"\n")
         progress(f"{file.name}: {counts} so far")
 
 

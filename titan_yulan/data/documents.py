@@ -4,7 +4,7 @@
 *.jsonl *.jsonl.gz      one document a line, an object; how a row becomes a document: `data/rows.py`
 *.parquet               one document a row; `data/parquet.py`
 *.bin with *.idx        Megatron-LM's indexed data sets; `data/megatron.py`
-builtin:code|math|prose the built-in corpus; `data/corpus.py`
+builtin:DOMAIN          the built-in corpus; `data/corpus.py`
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from titan_yulan.data import corpus
 from titan_yulan.data.jsonl import parse_lines
 from titan_yulan.data.megatron import index_path, read_megatron
 from titan_yulan.data.parquet import METADATA, read_parquet
-from titan_yulan.data.rows import BadRow, DamagedFile, Document
+from titan_yulan.data.rows import BadRow, DamagedFile, Document, parse_row
 from titan_yulan.errors import UserError
 
 _SUFFIXES = {
@@ -45,7 +45,7 @@ class InputFile:
 
     name: str
     path: Path
-    kind: str  # text, jsonl, parquet, megatron (path: the .bin file), python or docstrings
+    kind: str  # text, jsonl, parquet, megatron (path: the .bin file), python, docstrings or chats
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -71,7 +71,7 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     for argument in inputs:
         if argument.startswith("builtin:"):
             part = argument.removeprefix("builtin:")
-            kind = "docstrings" if part.partition("/")[0] == "prose" else "python"
+            kind = {"prose": "docstrings", "chat": "chats"}.get(part.partition("/")[0], "python")
             builtin += [InputFile(name, path, kind) for name, path in corpus.builtin_files(part)]
         else:
             paths += _find_paths(argument)
@@ -188,8 +188,11 @@ def _read_text(file: InputFile) -> Iterator[Document | BadRow]:
     except UnicodeDecodeError as error:
         yield BadRow(file.name, f"not UTF-8 (byte {error.start})")
         return
-    for part in corpus.read_docstrings(text) if file.kind == "docstrings" else [text]:
-        yield Document(((part, True),))
+    if file.kind == "chats":
+        yield from (parse_row({"messages": messages}) for messages in corpus.read_chats(file.name, text))
+    else:
+        for part in corpus.read_docstrings(text) if file.kind == "docstrings" else [text]:
+            yield Document(((part, True),))
 
 
 def _read_jsonl(file: InputFile, columns: Sequence[str]) -> Iterator[Document | BadRow]:

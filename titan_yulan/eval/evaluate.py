@@ -16,7 +16,7 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.answers import grade
 from titan_yulan.eval.find_work import Work
-from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair, encode_text
+from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair
 from titan_yulan.eval.metrics import Numbers, choice_numbers, cloze_numbers, means, text_numbers
 from titan_yulan.eval.requests import Answer, Choice, Cloze, Code, Generation, Text
 from titan_yulan.eval.sandbox import Outcome, check_sandbox, run_program
@@ -157,15 +157,15 @@ class Evaluator:
     def _text(self, work: Work) -> tuple[Numbers, int]:
         items = cast(list[Text], work.items)
         ids = [item.ids or self.tokenizer.encode(item.text) for item in items]
-        unknown = [i for i, part in zip(items, ids, strict=True) if max(part) >= self.tokenizer.vocab_size]
-        if unknown:
-            raise UserError(f"{work.task.name}: {unknown[0].id} has token ids that the model's tokenizer does not have")
+        for item, part in zip(items, ids, strict=True):
+            if not part or max(part) >= self.tokenizer.vocab_size:
+                problem = "has token ids that the model's tokenizer does not have" if part else "has no token"
+                raise UserError(f"{work.task.name}: text {item.id} {problem}")
         sizes = [
             len((item.text or self.tokenizer.decode(part)).encode()) for item, part in zip(items, ids, strict=True)
         ]
-        windows = [encode_text(self.tokenizer, part, self.context) for part in ids]
-        values = iter(self._look_up(work, [window for part in windows for window in part]))
-        logprobs = [sum(next(values).logprob for _ in part) for part in windows]
+        found = self._look_up(work, [Span([self.tokenizer.eos_id], part) for part in ids])
+        logprobs = [value.logprob for value in found]
         return text_numbers([item.id for item in items], logprobs, [len(part) for part in ids], sizes), 0
 
     def _answer(self, work: Work) -> tuple[Numbers, int]:

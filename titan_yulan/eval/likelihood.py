@@ -3,12 +3,17 @@
     log p(continuation | context) = sum over its tokens of log softmax(logits of the place before)[token]
 
 Only the places that predict a continuation's tokens go through the output head, some thousand at a time; the logits
-of a whole batch never exist. Continuations that are predicted from the same tokens, such as the letters A to D after
-one question, share one row.
+of a whole batch never exist. Continuations of the same context, such as the choices of one question, share a row: the
+context is read once, and behind it the continuations, which do not see one another. Where ranks share the model, which
+knows only rows of one sequence, that is so for continuations of one token.
+
+A continuation that is longer than the model reads is cut into windows that do not overlap, the last of which reads as
+far back as it can.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +23,7 @@ from torch.nn import functional
 
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
+from titan_yulan.eval.attending import Branches, attending, is_whole
 from titan_yulan.eval.batches import batches_of
 from titan_yulan.eval.share import Share
 from titan_yulan.model import Decoder
@@ -66,15 +72,38 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Span:
     return span
 
 
-def encode_text(tokenizer: Tokenizer, ids: Sequence[int], context: int) -> list[Span]:
-    """Windows of at most `context` tokens that do not overlap, with what can be read before each.
-
-    That is the one token before it, and more for a last window that is shorter. (The convention of EleutherAI's
-    lm-evaluation-harness.)
-    """
-    whole = [tokenizer.eos_id, *ids]
-    starts = range(1, len(whole), context)
+def _pieces(span: Span, context: int) -> list[Span]:
+    """A span in windows of at most `context` tokens that do not overlap; each is predicted from what is before it."""
+    if len(span.continuation) <= context:
+        return [span]
+    whole, first = [*span.context, *span.continuation], len(span.context)
+    starts = range(first, len(whole), context)
     return [Span(whole[max(0, start - context) : start], whole[start : start + context]) for start in starts]
+
+
+class _Row:
+    """A context and continuations of it, without their last tokens, one after the other.
+
+    tokens, positions: as the model reads them; branches: 0 for the context, else the number of the continuation.
+    places: of the continuations in the list of spans; wanted: the places in the row that predict their tokens.
+    """
+
+    def __init__(self, context: tuple[int, ...]) -> None:
+        self._context = len(context)
+        self.tokens, self.positions = list(context), list(range(len(context)))
+        self.branches = [0] * len(context)
+        self.count = 0  # of the continuations that have tokens of their own
+        self.places: list[int] = []
+        self.wanted: list[int] = []
+
+    def add(self, place: int, continuation: Sequence[int]) -> None:
+        own, first = len(continuation) - 1, len(self.tokens)
+        self.count += own > 0
+        self.tokens += continuation[:-1]
+        self.positions += range(self._context, self._context + own)
+        self.branches += [self.count] * own
+        self.places.append(place)
+        self.wanted += [self._context - 1, *range(first, first + own)]
 
 
 class Likelihoods:
@@ -104,73 +133,85 @@ class Likelihoods:
         """The likelihood of each span, on all ranks.
 
         Args:
-            progress: called with the number of rows that are done.
+            progress: called with the number of spans that are done.
 
         Raises:
-            UserError: a continuation is longer than the context.
             RunError: the model gives no finite likelihood.
         """
-        rows: dict[tuple[int, ...], list[int]] = {}
-        for place, span in enumerate(spans):
-            if len(span.continuation) > self.context:
-                raise UserError(
-                    f"a continuation has {len(span.continuation)} tokens, and the model reads {self.context}: raise "
-                    "--context if the model can, or leave this request out"
-                )
-            inputs = (*span.context, *span.continuation[:-1])[-self.context :]
-            rows.setdefault(inputs, []).append(place)
-        kept = list(rows)
+        pieces = [_pieces(span, self.context) for span in spans]
+        values = iter(self._look_up_all([piece for part in pieces for piece in part], progress))
+        results = []
+        for span, part in zip(spans, pieces, strict=True):
+            found = [next(values) for _ in part]
+            logprob = math.fsum(value for value, _ in found)
+            if not logprob > -math.inf:  # nor if it is no number
+                raise RunError(f"the model gives a log-likelihood of {logprob}: is it that of a run that failed?")
+            cut = len(span.context) + len(span.continuation) - 1 > self.context
+            results.append(Likelihood(logprob, len(span.continuation), all(greedy for _, greedy in found), cut))
+        return results
+
+    def _look_up_all(self, spans: Sequence[Span], progress: Callable[[int], None]) -> list[tuple[float, bool]]:
+        """Log-likelihood and greediness of spans that fit."""
+        rows = self._rows(spans)
         done = 0
 
         def work(batch: list[int]) -> dict[int, tuple[float, bool]]:
             nonlocal done
-            done += len(batch) * self.share.size
-            progress(min(done, len(kept)))
-            return self._batch([kept[row] for row in batch], [rows[kept[row]] for row in batch], spans)
+            done += sum(len(rows[row].places) for row in batch) * self.share.size
+            progress(min(done, len(spans)))
+            return self._batch([rows[row] for row in batch], spans)
 
-        found = self.share.run(batches_of([len(row) for row in kept], self.batch_tokens), work)
-        results = []
+        found = self.share.run(batches_of([len(row.tokens) for row in rows], self.batch_tokens), work)
+        return [found[place] for place in range(len(spans))]
+
+    def _rows(self, spans: Sequence[Span]) -> list[_Row]:
+        whole, rows = is_whole(self.decoder), []
+        last: dict[tuple[int, ...], _Row] = {}
         for place, span in enumerate(spans):
-            logprob, greedy = found[place]
-            if not logprob > -float("inf"):  # nor if it is no number
-                raise RunError(f"the model gives a log-likelihood of {logprob}: is it that of a run that failed?")
-            cut = len(span.context) + len(span.continuation) - 1 > self.context
-            results.append(Likelihood(logprob, len(span.continuation), greedy, cut))
-        return results
+            own = len(span.continuation) - 1  # its last token is only predicted
+            context = tuple(span.context[own - self.context :])
+            row = last.get(context)
+            if row is None or (own and (len(row.tokens) + own > self.context or (row.count and not whole))):
+                row = last[context] = _Row(context)
+                rows.append(row)
+            row.add(place, span.continuation)
+        return rows
 
     @torch.no_grad()
-    def _batch(
-        self, rows: Sequence[tuple[int, ...]], places: Sequence[Sequence[int]], spans: Sequence[Span]
-    ) -> dict[int, tuple[float, bool]]:
-        """Log-likelihood and greediness by place in `spans`; `places` are those that each row is for."""
+    def _batch(self, rows: Sequence[_Row], spans: Sequence[Span]) -> dict[int, tuple[float, bool]]:
+        """Log-likelihood and greediness by place in `spans`."""
         sharding = self.decoder.model.sharding
-        length = len(rows[0]) + -len(rows[0]) % sharding.length_multiple
-        inputs = torch.zeros(len(rows), length, dtype=torch.int64)
-        where: list[int] = []  # in the flattened rows, the places that predict something
-        targets: list[int] = []
-        for row, ids in enumerate(rows):
-            inputs[row, : len(ids)] = torch.tensor(ids)
-            for place in places[row]:
-                continuation = spans[place].continuation
-                first = row * length + len(ids) - len(continuation)
-                where += range(first, first + len(continuation))
-                targets += continuation
+        length = len(rows[0].tokens) + -len(rows[0].tokens) % sharding.length_multiple
+        asked = [place for row in rows for place in row.places]
+        where = [number * length + place for number, row in enumerate(rows) for place in row.wanted]
+        targets = [token for place in asked for token in spans[place].continuation]
         wanted, tokens = torch.tensor(where, device=self.device), torch.tensor(targets, device=self.device)
 
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
             return self._look_up(sharding.join_context(hidden).flatten(0, 1), weight, wanted, tokens)
 
-        inputs = inputs.to(self.device)
-        positions = torch.arange(length, device=self.device)
-        part, numbers = sharding.slice_context(inputs), sharding.slice_context(positions, dim=0)
         with torch.compiler.set_stance("force_eager"):  # compiled, every length would be a graph of its own
-            found = self.decoder(part, position_ids=numbers, head=head).cpu()
-        asked = [place for row in places for place in row]
+            found = self._forward(rows, length, head).cpu()
         sizes = [len(spans[place].continuation) for place in asked]
         return {
             place: (float(logprobs.sum()), bool(first_choices.all()))
             for place, (logprobs, first_choices) in zip(asked, found.split(sizes, dim=1), strict=True)
         }
+
+    def _forward(self, rows: Sequence[_Row], length: int, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        # what is added behind a row does not reach it
+        inputs = self._padded([row.tokens for row in rows], length)
+        if all(row.count < 2 for row in rows):
+            sharding, positions = self.decoder.model.sharding, torch.arange(length, device=self.device)
+            part, numbers = sharding.slice_context(inputs), sharding.slice_context(positions, dim=0)
+            return self.decoder(part, position_ids=numbers, head=head)
+        with attending(self.decoder, Branches(self._padded([row.branches for row in rows], length))):
+            positions = self._padded([row.positions for row in rows], length)
+            return self.decoder(inputs, position_ids=positions, head=head)
+
+    def _padded(self, values: Sequence[Sequence[int]], length: int) -> Tensor:
+        """(rows, length) int64."""
+        return torch.tensor([[*row, *[0] * (length - len(row))] for row in values], device=self.device)
 
     def _look_up(self, hidden: Tensor, weight: Tensor, wanted: Tensor, tokens: Tensor) -> Tensor:
         """For each token its log-probability and whether it is the likeliest one: (2, tokens) float64."""

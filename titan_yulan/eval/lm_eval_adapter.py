@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from titan_yulan.errors import UserError
-from titan_yulan.eval.likelihood import Likelihoods, encode_pair, encode_text
+from titan_yulan.eval.likelihood import Likelihoods, Span, encode_pair
 from titan_yulan.eval.open_model import in_precision, open_device, open_model
 from titan_yulan.eval.requests import DEFAULT_NEW_TOKENS, Generation
 from titan_yulan.eval.write import Writer
@@ -58,9 +58,8 @@ class TitanYulan(LM):
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Log-likelihood of each whole text."""
-        windows = [encode_text(self.tokenizer, self.tokenizer.encode(r.args[0]), self.context) for r in requests]
-        values = iter(self._likelihoods([window for part in windows for window in part]))
-        return [sum(next(values).logprob for _ in part) for part in windows]
+        ids = [self.tokenizer.encode(request.args[0]) for request in requests]
+        return [value.logprob for value in self._likelihoods([Span([self.tokenizer.eos_id], part) for part in ids])]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """What is written after each context, up to a stop; sampling is refused.

@@ -7,8 +7,7 @@ at their beginnings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
+from titan_yulan.eval.attending import attending
 from titan_yulan.eval.batches import batches_of
 from titan_yulan.eval.requests import Generation
 from titan_yulan.eval.share import Share
@@ -136,7 +136,7 @@ class Writer:
         def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
             return hidden[:, -1] @ weight.t()
 
-        with _attending(self.decoder, memory):
+        with attending(self.decoder, memory):
             while True:
                 positions = memory.begin(inputs.shape[1])
                 logits = self.decoder(inputs, position_ids=positions, head=last_logits)
@@ -165,12 +165,3 @@ class Writer:
 def _before(text: str, stops: Sequence[str]) -> str:
     places = [text.index(stop) for stop in stops if stop in text]
     return text[: min(places)] if places else text
-
-
-@contextmanager
-def _attending(decoder: Decoder, memory: _Memory) -> Iterator[None]:
-    before, decoder.model.sharding = decoder.model.sharding, memory
-    try:
-        yield
-    finally:
-        decoder.model.sharding = before

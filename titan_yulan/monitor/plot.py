@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan_yulan.curriculum.adaptive import MIXTURE_LOG
 from titan_yulan.errors import UserError
 from titan_yulan.monitor.metrics import read_lines
 
@@ -101,7 +102,7 @@ def plot(run: Path, output: Path | None = None) -> Path:
 def _adjusted(run: Path, steps: Sequence[Mapping[str, Any]]) -> list[int]:
     """Tokens at which an adaptive mixture was adjusted."""
     tokens = {line["step"]: line["tokens"] for line in steps}
-    return [tokens[line["step"]] for line in read_lines(run / "mixture.jsonl") if line["step"] in tokens]
+    return [tokens[line["step"]] for line in read_lines(run / MIXTURE_LOG) if line["step"] in tokens]
 
 
 def _draw_rate(axes: Any, steps: Sequence[Mapping[str, Any]]) -> None:
@@ -163,14 +164,15 @@ def _draw_mixture(axes: Any, points: Sequence[Point], colours: Mapping[str, Any]
     axes.set_ylim(0, 1)
     axes.set_ylabel("mixture: share of tokens")
     axes.set_xlabel("tokens")
-    axes.set_xlim(0, points[-1].tokens)
+    axes.set_xlim(_first_token(points), points[-1].tokens)
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
 
 
 def _draw_phases(panels: Sequence[Any], points: Sequence[Point]) -> None:
     """A line where each phase ends, and its name above, where there is room."""
     ends = {point.phase: point.tokens for point in points}
-    begin, room, written = 0, points[-1].tokens / 30, -points[-1].tokens
+    begin = _first_token(points)
+    room, written = (points[-1].tokens - begin) / 30, -points[-1].tokens
     top = panels[0]
     for name, end in ends.items():
         for axes in panels:
@@ -182,6 +184,11 @@ def _draw_phases(panels: Sequence[Any], points: Sequence[Point]) -> None:
             )
             written = middle
         begin = end
+
+
+def _first_token(points: Sequence[Point]) -> int:
+    """Where the run began: not at 0 if it goes on from another's checkpoint."""
+    return max(0, points[0].tokens - sum(points[0].source_tokens.values()))
 
 
 def _short(tokens: float) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from titan_yulan import config as configuration
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.adaptive import Adjustment
+from titan_yulan.curriculum.adaptive import MIXTURE_LOG, Adjustment
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.errors import explain_os_error
 from titan_yulan.monitor.flops import FORMULA, device_peak, flops_per_token
@@ -73,7 +73,7 @@ class Recorder:
         step = -1 if step is None else step
         self._metrics = JsonLines(folder / "metrics.jsonl", step)
         self._validations = JsonLines(folder / "validation.jsonl", step)
-        self._mixture = JsonLines(folder / "mixture.jsonl", step) if self._adapts() else None
+        self._mixture = JsonLines(folder / MIXTURE_LOG, step) if self._adapts() else None
         if lines := read_lines(folder / "validation.jsonl"):
             self._first_losses = lines[0]["validation_loss"]
         self._validated = {line["step"] for line in lines}

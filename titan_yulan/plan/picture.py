@@ -75,9 +75,10 @@ def _cells(forecast: PhaseForecast) -> list[str]:
 
 def _head(forecast: PhaseForecast) -> str:
     phase = forecast.phase
-    every = phase.section.adaptive.every
-    adapts = f" (its mix follows perplexities every {every}; this is where it begins)" if every else ""
-    return f"{phase.name}{adapts}: {phase.rows_total:,} rows of {phase.sequence_length:,} tokens"
+    every, log = phase.section.adaptive.every, phase.section.mixture_history
+    changes = f"changes as in {log}" if log else f"follows perplexities every {every}" if every else ""
+    note = f" (its mix {changes}; this is where it begins)" if changes else ""
+    return f"{phase.name}{note}: {phase.rows_total:,} rows of {phase.sequence_length:,} tokens"
 
 
 def _counted(uses: Sequence[SourceUse]) -> str:
