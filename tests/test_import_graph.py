@@ -29,6 +29,7 @@ ORDER = (
     "plan",
     "inputs",
     "learner",
+    "trainer",
     "train",
     "launch",
     "cli",

@@ -1,5 +1,5 @@
 """The model, its optimizer and all that one step needs, laid out over the ranks. It knows no files but a checkpoint's,
-and nothing of the run around it: `train.Trainer` decides which rows come, when to save and when to stop.
+and nothing of the run around it: `trainer.Trainer` decides which rows come, when to save and when to stop.
 """
 
 from __future__ import annotations

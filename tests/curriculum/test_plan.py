@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.curriculum.making import configuration, phase
 from titan_yulan.config.sections import PhaseSection, SourceSection
 from titan_yulan.config.values import Duration, Tokens
-from titan_yulan.curriculum.plan import Plan, batch_rows, phase_steps
+from titan_yulan.curriculum.plan import Plan, phase_steps
 from titan_yulan.curriculum.position import Position, Timeline
 from titan_yulan.errors import UserError
 
@@ -38,7 +38,7 @@ def test_positions_chain(phases: list[PhaseSection]) -> None:
     position = Position(0, 0, 0)
     for section, planned in zip(phases, plan.phases, strict=True):
         assert (planned.start, planned.first_row) == (position, position.row)
-        rows = planned.steps * batch_rows(section.batch, section.sequence_length)
+        rows = planned.steps * section.batch.rows(section.sequence_length)
         position = Position(
             position.step + planned.steps, position.row + rows, position.token + rows * section.sequence_length
         )
@@ -165,7 +165,7 @@ def test_weights_need_not_sum_to_one() -> None:
 
 def test_a_batch_in_tokens() -> None:
     section = phase("a", "9 steps", MIX, sequence_length=4096, batch=Tokens(4_128_768))
-    assert batch_rows(section.batch, 4096) == 1008
+    assert section.batch.rows(4096) == 1008
 
 
 def test_a_distance_in_whole_steps_of_the_phase() -> None:

@@ -32,13 +32,14 @@ def run(inputs: Path | list[Path], output: Path, said: list[str] | None = None, 
 
 
 def test_an_existing_column_is_replaced_and_a_refused_row_left_out(tmp_path: Path) -> None:
-    rows = [{"text": "abc", "length": "old"}, {"text": "x" * 101}, {"input_ids": [4, 5], "messages": None}]
+    half_a_pair = "\ud800"  # which no UTF-8 has
+    rows = [{"text": "abc", "length": "old"}, {"text": "x" * 101}, {"input_ids": [4, 5], "note": half_a_pair}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     said: list[str] = []
     counts = run(tmp_path / "a.jsonl", tmp_path / "out", said)
     assert (counts.documents, counts.bad_rows) == (2, 1) and said[1] == "    a.jsonl: too long"
     written = [json.loads(line) for line in (tmp_path / "out" / "a.jsonl").read_text().splitlines()]
-    assert written == [{"text": "abc", "length": 3}, {"input_ids": [4, 5], "messages": None, "length": -1}]
+    assert written == [{"text": "abc", "length": 3}, {"input_ids": [4, 5], "note": half_a_pair, "length": -1}]
     with pytest.raises(UserError, match=r"bad row a\.jsonl: too long"):
         run(tmp_path / "a.jsonl", tmp_path / "other", fail_on_bad_row=True)
     assert not (tmp_path / "other" / "a.jsonl").exists()

@@ -102,7 +102,8 @@ def test_chat_trains_on_answers_only() -> None:
     ]
     document = parse_row({"messages": messages})
     assert document.text == "### User\n\n2+2?\n\n### Assistant\n\n4\n\n### User\n\n3+3?\n\n### Assistant\n\n6"
-    assert [part for part, trained in document.parts if trained] == ["4", "\n\n", "6"]
+    assert [part for part, trained in document.parts if trained] == ["4\n\n", "6"]
+    assert document.parts[0] == ("### User\n\n2+2?\n\n### Assistant\n\n", False)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ from titan_yulan.checkpoint.hugging_face import (
 )
 from titan_yulan.checkpoint.pickled import PickledTensor, read_pickle
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.plan import batch_rows
 from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import UserError
 
@@ -70,7 +69,7 @@ class Progress:
         """Where a run of `config` begins from here. Rows, and tokens where they are not known, are counted as if every
         step before had been one of the first phase's batches: nothing but the count of rows itself depends on them."""
         first = config.phases[0]
-        rows = self.step * batch_rows(first.batch, first.sequence_length)
+        rows = self.step * first.batch.rows(first.sequence_length)
         tokens = rows * first.sequence_length if self.tokens is None else self.tokens
         return Position(self.step, rows, tokens)
 

@@ -12,7 +12,7 @@ from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import KeyPath, toml_string
 from titan_yulan.config.sections import BatchSection, LearningRateSegment, PhaseSection, RunConfig
-from titan_yulan.config.values import Duration, Tokens
+from titan_yulan.config.values import Duration, Tokens, amount
 
 _FOLDER_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,199}$")
 
@@ -173,7 +173,7 @@ class _Check:
         if amounts and weights:
             text = f"{weights[0]} is a weight, {amounts[0]} an amount of tokens; write all as weights or all as amounts"
             self.refuse((*path, "mix"), text)
-        elif not any(value.value if isinstance(value, Tokens) else value for value in mix.values()):
+        elif not any(amount(share) for share in mix.values()):
             self.refuse((*path, "mix"), "nothing to read; allowed: at least one source above 0")
         elif weights and phase.length is None:
             self.refuse((*path, "length"), "missing; required unless every amount of the mix is in tokens")
@@ -198,7 +198,7 @@ class _Check:
                 self.refuse((*path, "weights", name), text)
         for group, patterns in section.groups.items():
             self.patterns((*path, "groups", group), patterns, sources)
-        shares = {name: _amount(value) for name, value in phase.mix.items() if _amount(value)}
+        shares = {name: amount(share) for name, share in phase.mix.items() if amount(share)}
         groups = adaptive_groups(section, shares)
         if not groups:
             self.refuse((*path, "groups"), "no group holds two sources of this mix: there is nothing to adjust")
@@ -263,16 +263,9 @@ class _Check:
             self.refuse((*path, "hold_at"), f"'{hold}' is past the end of the segment, over = '{over}'; lower it")
 
 
-def _amount(value: float | Tokens) -> float:
-    return value.value if isinstance(value, Tokens) else value
-
-
 def _rows(batch: BatchSection, sequence_length: int) -> int | None:
     """Rows of one global batch, if they can be told."""
-    size = batch.global_batch_size
-    if not _sound(size, sequence_length):
-        return None
-    return int(size.value // sequence_length) if isinstance(size, Tokens) else size
+    return batch.rows(sequence_length) if _sound(batch.global_batch_size, sequence_length) else None
 
 
 def _tokens(duration: Duration, phase: PhaseSection) -> float | None:

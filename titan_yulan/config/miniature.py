@@ -22,7 +22,7 @@ from titan_yulan.config.sections import (
     PhaseSection,
     RunConfig,
 )
-from titan_yulan.config.values import Duration, Tokens
+from titan_yulan.config.values import Duration, Tokens, amount
 
 MINIMUM_ROWS = 200  # of a phase: with fewer, shares of a few per cent are rounded away
 
@@ -118,7 +118,7 @@ class _Miniature:
         sums: dict[str, float] = {}
         for name, value in mix.items():
             target = self.targets[name]
-            sums[target] = sums.get(target, 0.0) + (value.value if isinstance(value, Tokens) else value)
+            sums[target] = sums.get(target, 0.0) + amount(value)
             origin = self.binder.at(("miniature", "domains", self.config.data.sources[name].domain))
             self.binder.places.setdefault((*path, target), origin)
         if kinds == {float}:
@@ -167,7 +167,7 @@ class _Miniature:
     def _batch(self, phase: PhaseSection) -> BatchSection:
         """Micro-batches have the rows that the file says in the first phase, and as many tokens in all others."""
         size = phase.batch.global_batch_size
-        rows = _batch_rows(phase) // self.section.batch_divisor
+        rows = phase.batch.rows(phase.sequence_length) // self.section.batch_divisor
         micro = phase.batch.micro_batch_size * self.config.phases[0].sequence_length // phase.sequence_length
         if isinstance(size, Tokens):
             size = Tokens(size.value / (self.section.batch_divisor * self.section.sequence_length_divisor))
@@ -180,7 +180,7 @@ class _Miniature:
         phases = self.config.phases
         values = {
             "sequence_length": {phase.sequence_length: phase.name for phase in reversed(phases)},
-            "batch": {_batch_rows(phase): phase.name for phase in reversed(phases)},
+            "batch": {phase.batch.rows(phase.sequence_length): phase.name for phase in reversed(phases)},
         }
         for key, numbers in values.items():
             divisor = getattr(self.section, f"{key}_divisor")
@@ -207,14 +207,9 @@ def _at_least_one(value: float) -> float:
     return float(max(1, round(value)))
 
 
-def _batch_rows(phase: PhaseSection) -> int:
-    size = phase.batch.global_batch_size
-    return int(size.value // phase.sequence_length) if isinstance(size, Tokens) else size
-
-
 def _phase_rows(phase: PhaseSection) -> int | None:
     """Rows of a phase, if its length can be told; whole batches, as the plan has them."""
-    batch, length = _batch_rows(phase), phase.length
+    batch, length = phase.batch.rows(phase.sequence_length), phase.length
     if length is None:
         amounts = [value.value for value in phase.mix.values() if isinstance(value, Tokens)]
         length = Duration(sum(amounts), "tokens") if amounts else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.setting import setting
-from titan_yulan.config.values import Duration, Tokens
+from titan_yulan.config.values import Duration, Tokens, amount
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SourceSection:
         "", "folder of the prepared held-out part; empty: no validation loss for this source"
     )
     text: tuple[str, ...] = setting(
-        (), "when the folder is missing: prepare it from these files, globs or 'builtin:code|math|prose'"
+        (), "when the folder is missing: prepare it from these files, globs or 'builtin:code|math|prose|chat'"
     )
     validation_share: float = setting(0.02, "share of the input files held out when preparing", ge=0, lt=1)
     order: str = setting(
@@ -89,6 +89,11 @@ class BatchSection:
 
     global_batch_size: int | Tokens = setting(help="rows of one optimizer step (a number), or tokens ('4M')", ge=1)
     micro_batch_size: int = setting(help="rows that one rank processes at a time", ge=1)
+
+    def rows(self, sequence_length: int) -> int:
+        """Rows of one optimizer step."""
+        size = self.global_batch_size
+        return int(size.value // sequence_length) if isinstance(size, Tokens) else size
 
 
 @dataclass(frozen=True)
@@ -327,5 +332,7 @@ class RunConfig:
     def sources_to_read(self) -> tuple[str, ...]:
         """Names of the sources that the phases to train mix, in the order of `[data.sources]`. The others belong to
         phases that are finished, or to other files, and need not be there."""
-        mixed = {name for phase in self.phases[self.first_phase :] for name, amount in phase.mix.items() if amount}
+        mixed = {
+            name for phase in self.phases[self.first_phase :] for name, share in phase.mix.items() if amount(share)
+        }
         return tuple(name for name in self.data.sources if name in mixed)

@@ -69,6 +69,11 @@ class Tokens:
         return _short(self.value)
 
 
+def amount(share: float | Tokens) -> float:
+    """The number of an entry of a mix, which is a weight or an amount of tokens."""
+    return share.value if isinstance(share, Tokens) else share
+
+
 def _value(number: str, suffix: str) -> float:
     """The number that was written: in floats, 4.1 * 10**6 is less than 4,100,000, and a phase would lose a batch."""
     return float(Decimal(number.replace("_", "")) * _SUFFIX[suffix])

@@ -106,7 +106,8 @@ def adjusted_shares(
     while (lower := ~low & (new < floor)).any():  # lifting some may push others below: at most n rounds
         low |= lower
         new[low] = floor
-        new[~low] *= (1 - floor * low.sum()) / new[~low].sum()
+        if not low.all():
+            new[~low] *= (1 - floor * low.sum()) / new[~low].sum()
     return new
 
 

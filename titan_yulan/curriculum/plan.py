@@ -12,20 +12,14 @@ from functools import cached_property
 
 import numpy as np
 
-from titan_yulan.config.sections import BatchSection, PhaseSection, RunConfig
-from titan_yulan.config.values import Duration, Tokens, Unit
+from titan_yulan.config.sections import PhaseSection, RunConfig
+from titan_yulan.config.values import Duration, Unit, amount
 from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.learning_rate import Schedule, place_segments
 from titan_yulan.curriculum.mixture import Mixture
 from titan_yulan.curriculum.position import Position, Timeline
 from titan_yulan.data import hashing
 from titan_yulan.errors import UserError
-
-
-def batch_rows(batch: BatchSection, sequence_length: int) -> int:
-    """Rows of one global batch."""
-    size = batch.global_batch_size
-    return int(size.value // sequence_length) if isinstance(size, Tokens) else size
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class PhasePlan:
     @cached_property
     def batch_rows(self) -> int:
         """Rows of one optimizer step."""
-        return batch_rows(self.section.batch, self.sequence_length)
+        return self.section.batch.rows(self.sequence_length)
 
     @property
     def first_row(self) -> int:
@@ -99,7 +93,7 @@ class PhasePlan:
     @cached_property
     def weights(self) -> np.ndarray:
         """Share of each source as the mix says, float64 (sources,), sums to 1."""
-        amounts = np.array([_amount(self.section.mix.get(name, 0.0)) for name in self.sources])
+        amounts = np.array([amount(self.section.mix.get(name, 0.0)) for name in self.sources])
         return amounts / amounts.sum()
 
     def shares(self, row: int) -> dict[str, float]:
@@ -236,8 +230,8 @@ def phase_steps(section: PhaseSection) -> int:
     Raises:
         UserError: not even one batch fits.
     """
-    rows = batch_rows(section.batch, section.sequence_length)
-    length = section.length or Duration(sum(_amount(value) for value in section.mix.values()), "tokens")
+    rows = section.batch.rows(section.sequence_length)
+    length = section.length or Duration(sum(amount(share) for share in section.mix.values()), "tokens")
     tokens = rows * section.sequence_length
     steps = int({"steps": length.value, "rows": length.value / rows, "tokens": length.value / tokens}[length.unit])
     if steps < 1:
@@ -246,10 +240,6 @@ def phase_steps(section: PhaseSection) -> int:
             f"{rows} rows = {tokens} tokens; make phase.length longer or batch.global_batch_size smaller"
         )
     return steps
-
-
-def _amount(value: float | Tokens) -> float:
-    return value.value if isinstance(value, Tokens) else value
 
 
 def _resolver(phase: PhasePlan):

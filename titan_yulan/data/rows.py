@@ -13,6 +13,7 @@ A row that has none, or holds something else, is bad.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -142,6 +143,8 @@ def token_ids(value: Any, what: str) -> np.ndarray:
 def _chat_parts(messages: Any) -> tuple[tuple[str, bool], ...]:
     """A chat as text, with a header before every message; only what the assistant says is trained on.
 
+    Each part is all text up to where that changes, so that a prompt is encoded in training as it is when it is asked.
+
     ### User            (no)
                         (no)
     What is 2 + 2?      (no)
@@ -164,4 +167,5 @@ def _chat_parts(messages: Any) -> tuple[tuple[str, bool], ...]:
         parts.append((content, answers))
     if not any(trained for _, trained in parts):
         raise ValueError("the chat has no message of the assistant to train on")
-    return tuple(parts)
+    runs = itertools.groupby(parts, key=lambda part: part[1])
+    return tuple(("".join(text for text, _ in run), trained) for trained, run in runs)

@@ -170,7 +170,7 @@ class Evaluator:
 
     def _answer(self, work: Work) -> tuple[Numbers, int]:
         items = cast(list[Answer], work.items)
-        written = self._write(self._shortened(items), self._progress(work, len(items)))
+        written = self._write(self._shortened(items), self._progress(work))
         rows = [
             {"id": item.id, "written": text.text, "exact_match": grade(text.text, item.answers, work.task.answer)}
             for item, text in zip(items, written, strict=True)
@@ -180,7 +180,7 @@ class Evaluator:
     def _code(self, work: Work) -> tuple[Numbers, int]:
         self.check([work])
         items = cast(list[Code], work.items)
-        written = self._write(self._shortened(items), self._progress(work, len(items)))
+        written = self._write(self._shortened(items), self._progress(work))
         programs = [item.prefix + text.text + item.test for item, text in zip(items, written, strict=True)]
         places = self.share.mine(range(len(items)))
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
@@ -206,12 +206,12 @@ class Evaluator:
         return [replace(item, max_new_tokens=min(most, item.max_new_tokens)) for item in items]
 
     def _look_up(self, work: Work, spans: Sequence[Span]) -> list[Likelihood]:
-        return self._likelihoods(spans, self._progress(work, len(spans)))
+        return self._likelihoods(spans, self._progress(work))
 
-    def _progress(self, work: Work, total: int) -> Callable[[int], None]:
+    def _progress(self, work: Work) -> Callable[[int, int], None]:
         begin = said = time.perf_counter()
 
-        def say(done: int) -> None:
+        def say(done: int, total: int) -> None:
             nonlocal said
             self.between(work.task.name)
             now = time.perf_counter()

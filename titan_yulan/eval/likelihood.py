@@ -129,11 +129,13 @@ class Likelihoods:
         self.share = share or Share()
         self.device = device or decoder.model.embed_tokens.weight.device
 
-    def __call__(self, spans: Sequence[Span], progress: Callable[[int], None] = lambda done: None) -> list[Likelihood]:
+    def __call__(
+        self, spans: Sequence[Span], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[Likelihood]:
         """The likelihood of each span, on all ranks.
 
         Args:
-            progress: called with the number of spans that are done.
+            progress: called with how much is done, and of how much.
 
         Raises:
             RunError: the model gives no finite likelihood.
@@ -150,7 +152,7 @@ class Likelihoods:
             results.append(Likelihood(logprob, len(span.continuation), all(greedy for _, greedy in found), cut))
         return results
 
-    def _look_up_all(self, spans: Sequence[Span], progress: Callable[[int], None]) -> list[tuple[float, bool]]:
+    def _look_up_all(self, spans: Sequence[Span], progress: Callable[[int, int], None]) -> list[tuple[float, bool]]:
         """Log-likelihood and greediness of spans that fit."""
         rows = self._rows(spans)
         done = 0
@@ -158,7 +160,7 @@ class Likelihoods:
         def work(batch: list[int]) -> dict[int, tuple[float, bool]]:
             nonlocal done
             done += sum(len(rows[row].places) for row in batch) * self.share.size
-            progress(min(done, len(spans)))
+            progress(min(done, len(spans)), len(spans))
             return self._batch([rows[row] for row in batch], spans)
 
         found = self.share.run(batches_of([len(row.tokens) for row in rows], self.batch_tokens), work)

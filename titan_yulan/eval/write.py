@@ -88,12 +88,12 @@ class Writer:
         self.device = decoder.model.embed_tokens.weight.device
 
     def __call__(
-        self, requests: Sequence[Generation], progress: Callable[[int], None] = lambda done: None
+        self, requests: Sequence[Generation], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Written]:
         """What the model writes for each request, on all ranks.
 
         Args:
-            progress: called with the number of requests that are done.
+            progress: called with how many requests are done, and of how many.
 
         Raises:
             UserError: a request may write more than the model reads.
@@ -113,7 +113,7 @@ class Writer:
             nonlocal done
             texts = self._write([prompts[i][-rooms[i] :] for i in batch], [requests[i] for i in batch])
             done += len(batch) * self.share.size
-            progress(min(done, len(requests)))
+            progress(min(done, len(requests)), len(requests))
             cuts = [len(prompts[i]) > rooms[i] for i in batch]
             return {i: Written(*text, cut) for i, text, cut in zip(batch, texts, cuts, strict=True)}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from titan_yulan.config.model import ModelConfig, count_parameters
 from titan_yulan.config.sections import ActivationCheckpointSection, PhaseSection, RunConfig
-from titan_yulan.curriculum.plan import Plan, batch_rows
+from titan_yulan.curriculum.plan import Plan
 from titan_yulan.errors import UserError
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
 
@@ -278,7 +278,7 @@ def _has_rows(config: RunConfig, world: int) -> bool:
     """Whether every phase has a row for each rank that reads its own."""
     phases = config.phases[config.first_phase :]
     return all(
-        batch_rows(phase.batch, phase.sequence_length) * phase.parallel.context * phase.parallel.tensor >= world
+        phase.batch.rows(phase.sequence_length) * phase.parallel.context * phase.parallel.tensor >= world
         for phase in phases
     )
 
