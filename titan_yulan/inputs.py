@@ -17,6 +17,7 @@ from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape, open_tape
 from titan_yulan.data.tokenizer import Tokenizer
+from titan_yulan.eval.in_training import TaskEvaluation
 from titan_yulan.eval.validation import HeldOutRows
 
 
@@ -28,6 +29,7 @@ class RunInputs:
         held_out_tapes: of the sources that have a held-out part, by source id.
         sizes: source -> tokens.
         fingerprints: source -> fingerprint, of all that were ever read.
+        tasks: those of [eval] tasks; None: there are none.
     """
 
     def __init__(self, config: RunConfig, plan: Plan) -> None:
@@ -46,6 +48,7 @@ class RunInputs:
         # one length for the whole run, so that the losses of all phases can be compared
         length = config.phases[0].sequence_length
         self.held_out = HeldOutRows(self.held_out_tapes, config.eval.rows, length)
+        self.tasks = TaskEvaluation(config.eval, self.tokenizer, length) if config.eval.tasks else None
 
     def carry_on(self, checkpoint: Checkpoint, allow_changes: Collection[str]) -> None:
         """Take up where a checkpoint stands in the data.

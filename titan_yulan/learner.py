@@ -22,6 +22,8 @@ from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.loader import Batch, Loader, Tapes, fingerprint
 from titan_yulan.errors import RunError
+from titan_yulan.eval.evaluate import Result
+from titan_yulan.eval.in_training import TaskEvaluation
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
 from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.monitor.recorder import StepValues
@@ -216,6 +218,15 @@ class Learner:
         )
         reshard(self.decoder)
         return sums
+
+    @torch.no_grad()
+    def evaluate(self, tasks: TaskEvaluation, between: Callable[[str], None]) -> list[Result]:
+        """The numbers of the model as it is on benchmarks, in batches as large as those of the first phase."""
+        first = self.plan.phases[0]
+        batch_tokens = first.sequence_length * first.section.batch.micro_batch_size
+        results = tasks(self.decoder, self.mesh, self.world, batch_tokens, between)
+        reshard(self.decoder)
+        return results
 
     def drop_step(self) -> None:
         """Forget what a step or a validation that was broken off has left behind; only to save and end."""

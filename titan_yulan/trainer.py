@@ -185,6 +185,7 @@ class Trainer:
             self.learner.rehearse(self.step)
             self._poll("after the dry run")
             self._validate_if_due()
+            self._evaluate_if_due()
             while self.step < self.plan.end.step:
                 try:
                     self._train_phase()
@@ -223,6 +224,7 @@ class Trainer:
                 if self.step < phase.end.step and self.controller.due(self.step):
                     self._adjust_mixture()
                 self._validate_if_due()
+                self._evaluate_if_due()
                 if self.step == phase.end.step or self._due(self.config.checkpoint.every):
                     self.save()
                 self._poll(f"after step {self.step}")
@@ -325,6 +327,19 @@ class Trainer:
             losses = self.recorder.validation(self.step, sums, tokens)
         self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
         return losses
+
+    def _evaluate_if_due(self) -> None:
+        """Benchmarks; also when a request to stop has cut them off before this start."""
+        tasks, first = self.inputs.tasks, self.plan.phases[0]
+        ends = {first.start.step, *(phase.end.step for phase in self.plan.phases)}
+        if tasks is None or not (self.step in ends or self._due(self.config.eval.task_every)):
+            return
+        if self.world.agree(int(self.recorder.has_evaluation(self.step))):
+            return
+        self.learner.set_rope_theta(self._last_phase())
+        with self.watchdog.patient("benchmarks"):
+            results = self.learner.evaluate(tasks, between=self._poll)
+            self.recorder.evaluation(self.step, {result.task: result.metrics for result in results})
 
     def _adjust_mixture(self) -> None:
         """Measure perplexities and let the rows to come follow them, on all ranks alike."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.making import BYTES
+from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.sampling import Sampling
 from titan_yulan.eval.text_stream import InOrder, TextStream
@@ -105,3 +107,19 @@ def test_texts_that_grow_side_by_side_are_shown_in_order() -> None:
     assert "".join(shown) == "a14\nb2"
     output.close(1)
     assert "".join(shown) == "a14\nb2\nc3\n"
+
+
+def test_blanks_between_words_survive_a_tokenizer_that_drops_the_first(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁to": 0, "▁be": 1, "▁or": 2, "<end>": 3}, "<end>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    core.decoder = tokenizers.decoders.Metaspace()
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode([1]) == "be"
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, tokenizer.encode("to"), pieces.append)
+    for token in [1, 2] * 50:
+        stream.add(token)
+    assert pieces == [" be", " or"] * 50

@@ -32,7 +32,8 @@ def compiled(target: str) -> Table:
     """The table made now, in a process of its own: Triton's settings of this one must not reach it."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
     environment |= {key: os.environ[key] for key in ("TRITON_CACHE_DIR", "TRITON_HOME") if key in os.environ}
-    command = [sys.executable, "-m", "titan_yulan.kernels.compile_ahead", "--target", target, "--size", COMPILED[target], "--json"]
+    options = ["--target", target, "--size", COMPILED[target], "--json"]
+    command = [sys.executable, "-m", "titan_yulan.kernels.compile_ahead", *options]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=220)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)

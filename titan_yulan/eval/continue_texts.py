@@ -47,7 +47,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
         UserError: there is none, or one is empty or no Unicode, or the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n") if file else []
+        lines = file.read_text(encoding="utf-8-sig").split("\n") if file else []
         "".join(given).encode()
     except UnicodeError as error:
         raise UserError(f"{file if isinstance(error, UnicodeDecodeError) else '--prompt'} is not UTF-8") from None

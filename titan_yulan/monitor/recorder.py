@@ -73,6 +73,8 @@ class Recorder:
         step = -1 if step is None else step
         self._metrics = JsonLines(folder / "metrics.jsonl", step)
         self._validations = JsonLines(folder / "validation.jsonl", step)
+        self._evaluations = JsonLines(folder / "evaluation.jsonl", step) if config.eval.tasks else None
+        self._evaluated = {line["step"] for line in read_lines(folder / "evaluation.jsonl")}
         self._mixture = JsonLines(folder / MIXTURE_LOG, step) if self._adapts() else None
         if lines := read_lines(folder / "validation.jsonl"):
             self._first_losses = lines[0]["validation_loss"]
@@ -172,11 +174,13 @@ class Recorder:
         self._pending = []
         if self._main:
             self._validated = {other for other in self._validated if other <= step}
+            self._evaluated = {other for other in self._evaluated if other <= step}
             with self._writing():
                 self._metrics.rewind(step)
                 self._validations.rewind(step)
-                if self._mixture:
-                    self._mixture.rewind(step)
+                for extra in (self._mixture, self._evaluations):
+                    if extra:
+                        extra.rewind(step)
                 if self._board:
                     self._board.close()
                 self._open_board(step)
@@ -193,8 +197,9 @@ class Recorder:
             with self._writing():
                 self._metrics.sync()
                 self._validations.sync()
-                if self._mixture:
-                    self._mixture.sync()
+                for extra in (self._mixture, self._evaluations):
+                    if extra:
+                        extra.sync()
 
     def _line(self, step: int, values: StepValues, row: list[float]) -> dict[str, Any]:
         n = len(self._plan.sources)
@@ -311,6 +316,29 @@ class Recorder:
         """Whether the validation after `step` is recorded; known to the main rank."""
         return self._main and step in self._validated
 
+    def evaluation(self, step: int, metrics: dict[str, dict[str, float]]) -> None:
+        """Record the metrics of benchmarks, by task and name."""
+        self.flush()
+        for task, values in metrics.items():
+            parts = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.say(f"{task} at step {step}: {parts}")
+        if self._main and self._evaluations:
+            with self._writing():
+                token = self._plan.position(step).token
+                self._evaluations.write([{"step": step, "tokens": token, "tasks": metrics}])
+                self._evaluated.add(step)
+                if self._board:
+                    scalars = {
+                        f"task/{task}/{name}": v for task, values in metrics.items() for name, v in values.items()
+                    }
+                    self._board.scalars(step, scalars)
+                    self._board.flush()
+        self._clock = time.perf_counter()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the benchmarks after `step` are recorded; known to the main rank."""
+        return self._main and step in self._evaluated
+
     def pause_ends(self) -> None:
         """Time spent on a checkpoint does not count as training time."""
         self._clock = time.perf_counter()
@@ -328,8 +356,9 @@ class Recorder:
             return
         self._metrics.close()
         self._validations.close()
-        if self._mixture:
-            self._mixture.close()
+        for extra in (self._mixture, self._evaluations):
+            if extra:
+                extra.close()
         if self._board:
             self._board.close()
         self.say(f"{outcome}: the run is in {self._folder} (MFU formula: {FORMULA})")
