@@ -32,6 +32,7 @@ ORDER = (
     "trainer",
     "train",
     "launch",
+    "verbs",
     "cli",
 )
 

@@ -111,7 +111,7 @@ def test_texts_that_grow_side_by_side_are_shown_in_order() -> None:
 
 def test_blanks_between_words_survive_a_tokenizer_that_drops_the_first(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁to": 0, "▁be": 1, "▁or": 2, "<end>": 3}, "<end>"))
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁to": 0, "▁be": 1, "▁or": 2, "<end>": 3, "?": 4}, "?"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     core.decoder = tokenizers.decoders.Metaspace()
     core.save(str(tmp_path / "tokenizer.json"))

@@ -139,7 +139,7 @@ def _write_all(
 
 def _report(found: Sequence[Continuation], speed: Speed) -> str:
     total = sum(len(continuation.ids) for continuation in found)
-    line = f"{speed.read:,} tokens read in {speed.reading:.2f} s, {total:,} written"
+    line = f"tokens: {speed.read:,} read in {speed.reading:.2f} s, {total:,} written"
     if speed.written:
-        line += f", after the first ones {speed.written / speed.writing:,.1f} tokens/s"
+        line += f", {speed.written / speed.writing:,.1f}/s after the first"
     return line

@@ -77,9 +77,7 @@ def continue_ids(
         for place in range(max(rooms)):
             positions = cache.begin(inputs.shape[1])
             logits = decoder(inputs.to(device), position_ids=positions, head=_last_logits)[:, :vocab_size]
-            if not bool(logits.amax(-1).isfinite().all()):
-                raise RunError("the logits are not finite: the weights are damaged, or --precision is too low")
-            tokens = sampling.choose(logits, [draw[min(place, len(draw) - 1)] for draw in draws])
+            tokens = _choose(logits, sampling, [draw[min(place, len(draw) - 1)] for draw in draws])
             for row in writing:
                 if tokens[row] == eos_id:
                     found[row].ending = "end of text"
@@ -98,6 +96,12 @@ def continue_ids(
             inputs = torch.tensor(tokens)[:, None]
     speed.writing += time.perf_counter() - begin
     return found
+
+
+def _choose(logits: Tensor, sampling: Sampling, numbers: Sequence[float]) -> list[int]:
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise RunError("the logits are not finite: the weights are damaged, or --precision is too low")
+    return sampling.choose(logits, numbers)
 
 
 def _last_logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -105,6 +105,8 @@ def open_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError(f"--device {name}: torch sees no GPU here")
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:

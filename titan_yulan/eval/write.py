@@ -17,11 +17,10 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.attending import attending
 from titan_yulan.eval.batches import batches_of
+from titan_yulan.eval.cache import KeyValueCache
 from titan_yulan.eval.requests import Generation
 from titan_yulan.eval.share import Share
 from titan_yulan.model import Decoder
-from titan_yulan.model.attend import attend
-from titan_yulan.model.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -31,43 +30,6 @@ class Written:
     text: str
     tokens: int
     cut: bool
-
-
-class _Memory(Sharding):
-    """Attends to all that was read before, too."""
-
-    def __init__(self, pads: Tensor, length: int) -> None:
-        """
-        Args:
-            pads: (rows,) how many of the first places of a row are padding.
-            length: most places of a row.
-        """
-        self.pads, self.length = pads, length
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self.read = self.layer = 0
-
-    def begin(self, new: int) -> Tensor:
-        """To be called before `new` places are read: their rotary positions (rows, new)."""
-        self.layer, first, self.read = 0, self.read, self.read + new
-        queries = torch.arange(first, self.read, device=self.pads.device)[:, None]
-        keys = torch.arange(self.read, device=self.pads.device)
-        real = keys >= self.pads[:, None, None]
-        # padding sees itself, or its softmax would be over nothing
-        self.mask = (((keys <= queries) & real) | (keys == queries))[:, None]
-        return (queries.T - self.pads[:, None]).clamp(min=0)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
-    ) -> Tensor:
-        """`model.attend.attend` to all places that were read; mask and causal are known here."""
-        if len(self.kept) == self.layer:
-            shape = (key.shape[0], self.length, *key.shape[2:])
-            self.kept.append((key.new_empty(shape), value.new_empty(shape)))
-        keys, values = self.kept[self.layer]
-        first = self.read - key.shape[1]
-        keys[:, first : self.read], values[:, first : self.read] = key, value
-        self.layer += 1
-        return attend(query, keys[:, : self.read], values[:, : self.read], scale, self.mask, causal=False)
 
 
 class Writer:
@@ -131,14 +93,14 @@ class Writer:
         most = max(request.max_new_tokens for request in requests)
         written: list[list[int]] = [[] for _ in prompts]
         writing = set(range(len(prompts)))
-        memory = _Memory(torch.tensor(pads, device=self.device), length + most)
+        cache = KeyValueCache(pads, length + most, self.device)
 
         def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
             return hidden[:, -1] @ weight.t()
 
-        with attending(self.decoder, memory):
+        with attending(self.decoder, cache):
             while True:
-                positions = memory.begin(inputs.shape[1])
+                positions = cache.begin(inputs.shape[1])
                 logits = self.decoder(inputs, position_ids=positions, head=last_logits)
                 inputs = logits[:, : self.tokenizer.vocab_size].argmax(1, keepdim=True)
                 for row, token in enumerate(inputs[:, 0].tolist()):
