@@ -255,12 +255,21 @@ def test_a_phase_under_way_may_become_shorter_up_to_what_was_trained(tmp_path: P
     assert resume(changed(1, length=length), stopped(tmp_path, 15)).step == 15
 
 
-@pytest.mark.parametrize("change", [{"row": 1}, {"token": 1}, {"tapes": {"code": 0, "math": 16}}])
-def test_a_plan_that_disagrees_with_the_checkpoint_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"row": 1}, r"rows 1 -> 40\. Bring back"),
+        ({"token": 1}, r"tokens 1 -> 640\. Bring back"),
+        ({"tapes": {"code": 0, "math": 16}}, r"has read: tape of code 0 -> \d+, tape of math 16 -> \d+\. Bring back"),
+    ],
+)
+def test_a_plan_that_disagrees_with_the_checkpoint_is_refused(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     checkpoint = stopped(tmp_path, 5)
     state = replace(checkpoint.state(), **change)
     other = make_checkpoint(tmp_path / "other", 5, (checkpoint.path / "config.toml").read_text(), state)
-    with pytest.raises(UserError, match=r"the plan puts rows 40, tokens 640 .* was written after"):
+    with pytest.raises(UserError, match=f"reads other rows up to step 5 than .*{words}"):
         resume(three_phases(), other)
 
 

@@ -214,7 +214,7 @@ def test_missing_sources_are_named_with_their_remedy(folder: Path) -> None:
     head, tokenizer, source = str(error.value).splitlines()
     assert head.startswith("1 of 2 sources are not prepared")
     assert source == (
-        f"  b: titan-yulan data prepare --tokenizer {folder}/none.tiktoken --name b --output '{folder}/a b' INPUT..."
+        f"  b: titan-yulan data prepare --name b --tokenizer {folder}/none.tiktoken --output '{folder}/a b' INPUT..."
     )
     assert f"{folder}/none.tiktoken" in tokenizer
     check_sources_there(dataclasses.replace(config, phases=config.phases[:1]))

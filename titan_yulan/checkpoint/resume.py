@@ -65,6 +65,7 @@ _MOVES_ROWS = ("run.seed", "data.", "phase.")
 _FROZEN_CURRENT = ("mix", "mix.*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
 # Tables of a phase that decide how it is computed, not what: a change is told, never refused.
 _LAYOUT = ("parallel", "activation_checkpoint")
+_SHOWN = 4  # places in the data on which plan and checkpoint differ
 
 
 @dataclass(frozen=True)
@@ -214,12 +215,16 @@ def _check_position(plan: Plan, checkpoint: Checkpoint) -> None:
     position = plan.position(state.step)
     phase = next(phase for phase in plan.phases if phase.name == state.phase)
     tapes = dict(zip(plan.sources, phase.tapes(position.row - phase.start.row), strict=True))
+    planned = {"rows": position.row, "tokens": position.token} | {f"tape of {name}": at for name, at in tapes.items()}
     # a source that is new in the configuration has not been read
-    expected = (state.row, state.token, {name: state.tapes.get(name, 0) for name in plan.sources})
-    if (position.row, position.token, tapes) != expected:
+    stands = {f"tape of {name}": state.tapes.get(name, 0) for name in plan.sources}
+    found = {"rows": state.row, "tokens": state.token} | stands
+    if wrong := [f"{what} {found[what]} -> {planned[what]}" for what in found if found[what] != planned[what]]:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise UserError(
-            f"the plan puts rows {position.row}, tokens {position.token} and tapes {tapes} before step {state.step}, "
-            f"but {checkpoint.path} was written after rows {state.row}, tokens {state.token}, tapes {state.tapes}"
+            f"the configuration reads other rows up to step {state.step} than {checkpoint.path} has read: "
+            f"{', '.join(wrong[:_SHOWN])}{more}. Bring back the configuration of that run (config.toml in the "
+            "checkpoint), or use another run.name"
         )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from titan_yulan.config.sections import AdaptiveSection
 
+NO_GROUP = "no group holds two sources of this mix: there is nothing to adjust; put more into one, or remove every"
+
 
 def adaptive_groups(section: AdaptiveSection, mixed: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Group name -> its sources among `mixed` (the sources of a mix with a share above 0), in their order.

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from typing import Any
 
-from titan_yulan.config.adaptive import adaptive_groups
+from titan_yulan.config.adaptive import NO_GROUP, adaptive_groups
 from titan_yulan.config.bind import INVALID, Binder, nearest
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
@@ -201,7 +201,7 @@ class _Check:
         shares = {name: amount(share) for name, share in phase.mix.items() if amount(share)}
         groups = adaptive_groups(section, shares)
         if not groups:
-            self.refuse((*path, "groups"), "no group holds two sources of this mix: there is nothing to adjust")
+            self.refuse((*path, "groups"), NO_GROUP)
         seen: dict[str, str] = {}
         for group, members in groups.items():
             where = (*path, "groups", group)

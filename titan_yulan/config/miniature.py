@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from titan_yulan.config.adaptive import adaptive_groups
+from titan_yulan.config.adaptive import NO_GROUP, adaptive_groups
 from titan_yulan.config.bind import Binder, nearest
 from titan_yulan.config.read import KeyPath, Node, quoted_key
 from titan_yulan.config.sections import (
@@ -140,6 +140,8 @@ class _Miniature:
             group: tuple(dict.fromkeys(self.targets[name] for name in members))
             for group, members in adaptive_groups(section, phase.mix).items()
         }
+        if section.groups and not groups:
+            self._refuse_at((*path, "groups"), NO_GROUP)  # no groups would mean one of all sources
         groups = groups if section.groups else {}
         return replace(section, every=self._duration(section.every), weights=weights, groups=groups)
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that worker processes can be forked.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from titan_yulan.config.sections import RunConfig, SourceSection
@@ -88,17 +89,26 @@ def _other_wishes(name: str, section: SourceSection) -> list[str]:
 def _check_can_be_there(name: str, section: SourceSection, tokenizer_path: str) -> None:
     if section.text:
         return
-    for key, option in (("path", "--output"), ("validation_path", "--validation-output")):
-        path = getattr(section, key)
+    for key, path in (("path", section.path), ("validation_path", section.validation_path)):
         if path and not _is_source(path):
-            more = f" --validation-share {section.validation_share}" if key == "validation_path" else ""
-            more += f" --order={section.order}" if section.order != "shuffle" else ""
-            output = "" if option == "--output" else f"--output {section.path} "
             raise UserError(
                 f"data.sources.{name}.{key}: there is no prepared source at {path}, and data.sources.{name}.text does "
-                f"not say what to make it from. Set text, or run: titan-yulan data prepare --name {name} --tokenizer "
-                f"{tokenizer_path} {output}{option} {path}{more} INPUT..."
+                f"not say what to make it from. Set text, or run: {prepare_command(name, section, tokenizer_path)}"
             )
+
+
+def prepare_command(name: str, section: SourceSection, tokenizer_path: str) -> str:
+    """The command line that makes a source as its section describes it, but for the input."""
+    words = ["titan-yulan", "data", "prepare", "--name", name, "--tokenizer", tokenizer_path, "--output", section.path]
+    if section.validation_path:
+        words += ["--validation-output", section.validation_path, "--validation-share", str(section.validation_share)]
+    if section.order != "shuffle":
+        words.append(f"--order={section.order}")
+    if section.minimum_tokens != SourceSection(path="").minimum_tokens:
+        words += ["--minimum-tokens", str(section.minimum_tokens)]
+    if section.deduplicate:
+        words.append("--deduplicate")
+    return f"{shlex.join(words)} INPUT..."
 
 
 def _ensure_tokenizer(config: RunConfig, say: Say) -> Tokenizer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.data.ensure import prepare_command
 from titan_yulan.data.source import DESCRIPTION, Source
 from titan_yulan.errors import UserError
 
@@ -34,11 +34,7 @@ def check_sources_there(config: RunConfig) -> None:
     missing = [name for name in names if not sections[name].text and not is_prepared(sections[name].path)]
     if not missing:
         return
-    command = ["titan-yulan", "data", "prepare", "--tokenizer", tokenizer.path]
-    lines = [
-        f"  {name}: {shlex.join([*command, '--name', name, '--output', sections[name].path])} INPUT..."
-        for name in missing
-    ]
+    lines = [f"  {name}: {prepare_command(name, sections[name], tokenizer.path)}" for name in missing]
     if not tokenizer.train_vocab_size and not Path(tokenizer.path).exists():
         lines.insert(0, f"  before them, the vocabulary: there is no file {tokenizer.path} (tokenizer.path)")
     raise UserError(
