@@ -169,6 +169,9 @@ def test_groups_and_weights_of_an_adaptive_phase_follow_the_sources(tmp_path: Pa
     assert line.startswith(
         "small.toml:16: adaptive.weights: 2.0 for books, but 1.0 for another that 'math' stands for;"
     )
+    # groups that adjust nothing do not become one of all sources
+    (line,) = refusal(tmp_path, ("[batch]", adaptive.replace('"web", "books", "p*"', '"web"')))
+    assert line.startswith("small.toml:17: adaptive.groups: no group holds two sources")
 
 
 def test_every_mistake_in_domains_is_told_at_once(tmp_path: Path) -> None:
