@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,36 +30,19 @@ from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.import_memory import run_config
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.export import export
 from titan_yulan.checkpoint.files import HashingWriter
 from titan_yulan.checkpoint.hugging_face import parameter_shapes
-from titan_yulan.config.model import ModelConfig
-from titan_yulan.config.sections import RunConfig, TokenizerSection
-from titan_yulan.data.tokenizer import Tokenizer, save_ranks
+from titan_yulan.config.sections import RunConfig
+from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.parallel.fsdp import is_replicated
 
-ROOT = Path(__file__).resolve().parent.parent
 RANKS = 4
 Way = tuple[Literal["llama", "yulan"], bool]  # format, verified
 WAYS: tuple[Way, ...] = (("llama", False), ("yulan", False), ("llama", True), ("yulan", True))
-
-
-def run_config(folder: Path, layers: int) -> RunConfig:
-    """YuLan-Mini's kind of model; the vocabulary is a byte a token, which the export does not depend on."""
-    save_ranks(folder / "bytes.tiktoken", {bytes([value]): value for value in range(256)})
-    model = ModelConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        initializer_range=0.02,
-    )
-    config = configuration.load(ROOT / "train_configs" / "debug.toml").config
-    return replace(config, model=model, tokenizer=TokenizerSection(path=str(folder / "bytes.tiktoken")))
 
 
 def write_rank(rank: int, folder: Path, config: RunConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.config.generators import load_generator
 from titan_yulan import cli, config
 from titan_yulan.config.adaptive import adaptive_groups
 from titan_yulan.config.model import ModelConfig, count_parameters
@@ -35,11 +35,7 @@ VOLUMES = {
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("llama3_syne_generate", FOLDER / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_generator(FOLDER)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
 from collections import defaultdict
 from decimal import Decimal
@@ -13,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.config.generators import load_generator
 from titan_yulan import config
 from titan_yulan.config.model import count_parameters
 from titan_yulan.config.read import tomllib
@@ -24,11 +24,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "train_configs" / "yulan_mini"
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("yulan_mini_generate", FOLDER / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_generator(FOLDER)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,40 @@ import pytest
 
 from tests.checkpoint.hugging_face_folders import LLAMA, write_llama
 
+# A run of a model over bytes. `length`: of its rows; `held_out`: empty, or the line of its validation_path.
+CONFIG = """
+[run]
+name = "small"
+[model]
+preset = "debug"
+hidden_size = 24
+intermediate_size = 40
+num_hidden_layers = 2
+num_attention_heads = 3
+num_key_value_heads = 1
+head_dim = 8
+vocab_size = 264
+alpha_base_width = 8
+max_position_embeddings = 64
+[tokenizer]
+path = "{folder}/bytes.tiktoken"
+[data.sources.text]
+path = "{folder}/text"
+{held_out}
+[batch]
+global_batch_size = 2
+micro_batch_size = 1
+[optimizer]
+learning_rate = 0.01
+[parallel]
+compute_dtype = "float32"
+[phase]
+name = "a"
+length = "4 steps"
+sequence_length = {length}
+mix = {{ text = 1 }}
+"""
+
 # one id more than bytes, and more rows in the model than ids in the tokenizer
 MODEL = replace(LLAMA, vocab_size=264, max_position_embeddings=2048)
 

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from tests.checkpoint.making import make_state
 from tests.data.making import BYTES, make, write_files
 from tests.distributed.ranks import run_ranks
+from tests.eval.small_models import CONFIG
 from titan_yulan import cli, config
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.files import HashingWriter
@@ -33,38 +34,6 @@ from titan_yulan.eval.tasks import Task
 from titan_yulan.model import Decoder
 from titan_yulan.parallel.process import World
 
-CONFIG = """
-[run]
-name = "evaluated"
-[model]
-preset = "debug"
-hidden_size = 24
-intermediate_size = 40
-num_hidden_layers = 2
-num_attention_heads = 3
-num_key_value_heads = 1
-head_dim = 8
-vocab_size = 264
-alpha_base_width = 8
-max_position_embeddings = 64
-[tokenizer]
-path = "{folder}/bytes.tiktoken"
-[data.sources.text]
-path = "{folder}/text"
-validation_path = "{folder}/held_out"
-[batch]
-global_batch_size = 2
-micro_batch_size = 1
-[optimizer]
-learning_rate = 0.01
-[parallel]
-compute_dtype = "float32"
-[phase]
-name = "a"
-length = "4 steps"
-sequence_length = 48
-mix = {{ text = 1 }}
-"""
 REQUESTS: dict[str, list[dict[str, Any]]] = {
     "arc_easy": [
         {
@@ -90,7 +59,9 @@ def save(folder: Path, step: int, phase: str, seed: int) -> None:
     """A checkpoint of the end of a phase, of random weights and scalars."""
     path = layout.step_folder(folder / "checkpoints", step)
     path.mkdir(parents=True)
-    text = CONFIG.format(folder=folder).replace('name = "a"', f'name = "{phase}"')
+    text = CONFIG.format(folder=folder, length=48, held_out=f'validation_path = "{folder}/held_out"').replace(
+        'name = "a"', f'name = "{phase}"'
+    )
     (folder / "config.toml").write_text(text)
     decoder = Decoder(config.load(folder / "config.toml").config.model)
     torch.manual_seed(seed)

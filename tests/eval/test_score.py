@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from tests.checkpoint.hugging_face_folders import LLAMA, write_llama
 from tests.checkpoint.making import make_state
 from tests.data.making import BYTES, EOS
+from tests.eval.small_models import CONFIG
 from titan_yulan import cli, config
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.files import HashingWriter
@@ -33,37 +34,6 @@ from titan_yulan.eval.score import Scorer, score
 from titan_yulan.model import Decoder
 
 CONTEXT = 16
-CONFIG = """
-[run]
-name = "scores"
-[model]
-preset = "debug"
-hidden_size = 24
-intermediate_size = 40
-num_hidden_layers = 2
-num_attention_heads = 3
-num_key_value_heads = 1
-head_dim = 8
-vocab_size = 264
-alpha_base_width = 8
-max_position_embeddings = 64
-[tokenizer]
-path = "{folder}/bytes.tiktoken"
-[data.sources.text]
-path = "{folder}/text"
-[batch]
-global_batch_size = 2
-micro_batch_size = 1
-[optimizer]
-learning_rate = 0.01
-[parallel]
-compute_dtype = "float32"
-[phase]
-name = "a"
-length = "4 steps"
-sequence_length = 16
-mix = {{ text = 1 }}
-"""
 TEXTS = ["one short text", "x", "longer than one window of sixteen tokens " * 3, "汉字也可以", "y" * 16, "z" * 17]
 
 
@@ -71,7 +41,7 @@ def make_run(folder: Path, seed: int) -> Path:
     """A run folder with one checkpoint, whose model has random weights and scalars."""
     folder.mkdir()
     save_ranks(folder / "bytes.tiktoken", BYTES.ranks)
-    text = CONFIG.format(folder=folder)
+    text = CONFIG.format(folder=folder, length=16, held_out="")
     (folder / "config.toml").write_text(text)
     decoder = Decoder(config.load(folder / "config.toml").config.model)
     torch.manual_seed(seed)
