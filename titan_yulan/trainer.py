@@ -340,6 +340,9 @@ class Trainer:
         with self.watchdog.patient("benchmarks"):
             results = self.learner.evaluate(tasks, between=self._poll)
             self.recorder.evaluation(self.step, {result.task: result.metrics for result in results})
+            for result in results:
+                if result.cut:
+                    self.say(f"WARNING: {result.task}: {result.cut} contexts lost their first tokens")
 
     def _adjust_mixture(self) -> None:
         """Measure perplexities and let the rows to come follow them, on all ranks alike."""

@@ -11,6 +11,7 @@ import pytest
 
 from tests.checkpoint.making import make_checkpoint, make_state
 from tests.curriculum.making import configuration, phase, segment
+from tests.data.making import BYTES
 from titan_yulan import config as configuration_package
 from titan_yulan.checkpoint.layout import Checkpoint
 from titan_yulan.checkpoint.resume import (
@@ -20,6 +21,7 @@ from titan_yulan.checkpoint.resume import (
     check_start,
     make_plan,
     run_folder,
+    trained_tokenizer,
 )
 from titan_yulan.config.model import PRESETS
 from titan_yulan.config.sections import (
@@ -30,11 +32,13 @@ from titan_yulan.config.sections import (
     RunConfig,
     RunSection,
     SourceSection,
+    TokenizerSection,
 )
 from titan_yulan.config.values import Duration
 from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.curriculum.position import Position
+from titan_yulan.data.tokenizer import save_ranks
 from titan_yulan.errors import RunError, UserError
 
 MIX = {"code": 0.6, "math": 0.4}
@@ -371,3 +375,12 @@ def test_a_change_of_the_adaptive_mixture_is_told_and_the_log_of_a_finished_phas
     assert resume(changed(0, mixture_history="gone.jsonl"), checkpoint).step == 15
     with pytest.raises(UserError, match=r"data\.shuffle: \[\] -> \[\"code\"\]"):
         resume(replace(config, data=replace(config.data, shuffle=("code",))), checkpoint)
+
+
+def test_another_vocabulary_at_the_same_path_is_refused(tmp_path: Path) -> None:
+    save_ranks(tmp_path / "t.tiktoken", BYTES.ranks)
+    config = three_phases(tokenizer=TokenizerSection(path=str(tmp_path / "t.tiktoken")))
+    same = stopped(tmp_path, 5, tokenizer=BYTES.fingerprint)
+    assert trained_tokenizer(same, config).fingerprint == BYTES.fingerprint
+    with pytest.raises(UserError, match=r"t\.tiktoken is not the tokenizer that .* was trained with; bring it back"):
+        trained_tokenizer(stopped(tmp_path / "other", 5), config)

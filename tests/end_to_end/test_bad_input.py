@@ -66,8 +66,8 @@ def test_missing_source(refused, data):
 def test_missing_source_that_cannot_be_made(refused, tmp_path):
     output = refused(f"--data.sources.code.path={tmp_path / 'nowhere'}", "--data.sources.code.text=[]")
     assert "1 of 3 sources are not prepared and have no text to be made from" in output
-    assert f"--name code --output {tmp_path / 'nowhere'}" in output
-    assert "titan-yulan data prepare" in output
+    assert "titan-yulan data prepare --name code --tokenizer " in output
+    assert f" --output {tmp_path / 'nowhere'} " in output
 
 
 def test_tokenizer_that_does_not_match(refused, data):

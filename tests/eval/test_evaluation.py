@@ -27,7 +27,7 @@ from titan_yulan.errors import UserError
 from titan_yulan.eval.evaluate import Evaluator
 from titan_yulan.eval.find_work import Work, find_work
 from titan_yulan.eval.load import load_decoder
-from titan_yulan.eval.requests import read_requests
+from titan_yulan.eval.requests import Answer, read_requests
 from titan_yulan.eval.sandbox import check_sandbox
 from titan_yulan.eval.share import Share
 from titan_yulan.eval.tasks import Task
@@ -71,7 +71,7 @@ def save(folder: Path, step: int, phase: str, seed: int) -> None:
     writer = HashingWriter(path)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
     dcp.save({"model": dict(decoder.named_parameters())}, storage_writer=writer, no_dist=True)
-    state = replace(make_state(step), phase=phase, phase_finished=True)
+    state = replace(make_state(step, tokenizer=BYTES.fingerprint), phase=phase, phase_finished=True)
     layout.commit(path, writer.hashing.files, state, text)
 
 
@@ -186,7 +186,18 @@ def test_pmi_needs_the_choices_own_probability(run: Path) -> None:
     task = replace(work.task, metric="accuracy_pmi")
     assert Evaluator(decoder, BYTES, 48)(replace(work, task=task)).metrics["accuracy_pmi"] >= 0
     with pytest.raises(UserError, match="its requests need the key 'unconditional'"):
-        Evaluator(decoder, BYTES, 48)(replace(work, task=task, items=bare))
+        Evaluator(decoder, BYTES, 48).check([replace(work, task=task, items=bare)])
+
+
+def test_what_cannot_be_run_is_seen_before_the_first_task(run: Path) -> None:
+    evaluator = Evaluator(load_decoder(run)[0], BYTES, 48)
+    (held_out,) = works(run, ["held_out"])
+    evaluator.check([held_out])
+    with pytest.raises(UserError, match="holds ids of another tokenizer than this model's: name the text files"):
+        evaluator.check([replace(held_out, tokenizer="another")])
+    (asked,) = works(run, ["gsm8k"])
+    with pytest.raises(UserError, match=r"may write .* tokens, and the model reads 48: lower --max-new-tokens"):
+        evaluator.check([replace(asked, items=[Answer("0", "?", (), 48, answers=("1",))])])
 
 
 def test_programs_are_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

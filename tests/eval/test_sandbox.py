@@ -26,6 +26,7 @@ def sandbox() -> None:
 def test_programs_that_pass_and_fail() -> None:
     cases = {
         "assert 1 + 1 == 2": (True, ""),
+        "print('x')\nprint('y' * 9000)": (True, ""),
         "import math, typing, collections, re, heapq\nassert math.comb(4, 2) == 6": (True, ""),
         "open('a', 'w').write('x')\nassert open('a').read() == 'x'": (True, ""),
         "import os\nassert set(os.environ) <= {'PATH', 'LANG', 'OMP_NUM_THREADS', 'LC_CTYPE'}": (True, ""),

@@ -53,7 +53,7 @@ def make_run(folder: Path, seed: int) -> Path:
     writer = HashingWriter(path)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
     dcp.save({"model": dict(decoder.named_parameters())}, storage_writer=writer, no_dist=True)
-    layout.commit(path, writer.hashing.files, make_state(4), text)
+    layout.commit(path, writer.hashing.files, make_state(4, tokenizer=BYTES.fingerprint), text)
     return folder
 
 

@@ -31,6 +31,7 @@ from titan_yulan.checkpoint.hugging_face import CONFIG, parameter_shapes
 from titan_yulan.checkpoint.layout import CONFIG as RUN_CONFIG
 from titan_yulan.checkpoint.layout import Checkpoint, find_damage, open_checkpoint, sync_folder
 from titan_yulan.checkpoint.read_parts import read_parts, stored_shapes
+from titan_yulan.checkpoint.resume import trained_tokenizer
 from titan_yulan.checkpoint.safetensors_files import Layout
 from titan_yulan.checkpoint.tokenizer_json import write_tokenizer
 from titan_yulan.checkpoint.universal import MOMENTS
@@ -139,12 +140,7 @@ def open_source(path: Path) -> Source:
         max_position_embeddings=max(config.model.max_position_embeddings, phase.sequence_length),
     )
     _check_tensors(checkpoint, model)
-    tokenizer = Tokenizer.load(config.tokenizer.path)
-    if tokenizer.fingerprint != state.tokenizer:
-        raise UserError(
-            f"{config.tokenizer.path} is not the tokenizer that {checkpoint.path} was trained with; bring that file "
-            "back, so that the export can come with it"
-        )
+    tokenizer = trained_tokenizer(checkpoint, config)
     return Source(checkpoint, model, tokenizer, Path(config.tokenizer.path))
 
 

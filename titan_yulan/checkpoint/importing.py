@@ -75,6 +75,13 @@ def import_checkpoint(
     for line in check_published(config, published, allow_changes):
         report(line)
     weights = published.weights if isinstance(published, UniversalFolder) else published
+    theta = config.phases[0].rope_theta
+    if theta and theta != weights.model.rope_theta:
+        report(
+            f"note: phase {config.phases[0].name!r} sets rope_theta = {theta:g}, the folder has "
+            f"{weights.model.rope_theta:g}: eval, generate and export of this checkpoint use the phase's; leave the key"
+            " out to have the model as it was published"
+        )
     if config.model.tie_word_embeddings:  # a head that is there as well must be the embedding
         load_hugging_face(weights, {EMBEDDING: torch.empty(weights.tensors[EMBEDDING].shape)})
     state = _state(config, published)

@@ -31,6 +31,7 @@ from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.adaptive import MIXTURE_LOG, Adjustment, read_history
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.curriculum.position import Position
+from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 
 # Changes that cannot alter the stream, the model or the past: always allowed.
@@ -314,6 +315,20 @@ def check_published(
     if isinstance(folder, UniversalFolder):
         return check_universal(config, folder, allow_changes)
     return check_hugging_face(config, folder, allow_changes)
+
+
+def trained_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
+    """The tokenizer of the text that a checkpoint was trained on; `config` is its configuration.
+
+    Raises:
+        UserError: the file has changed since, or is gone.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if tokenizer.fingerprint != checkpoint.state().tokenizer:
+        raise UserError(
+            f"{config.tokenizer.path} is not the tokenizer that {checkpoint.path} was trained with; bring it back"
+        )
+    return tokenizer
 
 
 def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[str]:

@@ -90,13 +90,25 @@ class Evaluator:
         """See that all tasks can be run.
 
         Raises:
-            UserError: one would execute code, which was not asked for or cannot be done safely.
+            UserError: one would execute code, which was not asked for or cannot be done safely; or its requests do not
+                fit the model or the task.
         """
         programs = [work.task.name for work in works if work.task.kind == "code"]
         if programs and not self.execute_code:
             raise UserError(f"--tasks: {programs[0]} runs programs that the model writes; allow it with --execute-code")
         if programs:
             check_sandbox()
+        for work in works:
+            name = work.task.name
+            if work.task.generates:
+                self._write.check(self._shortened(cast(list[Generation], work.items)))
+            if work.tokenizer not in (None, self.tokenizer.fingerprint):
+                raise UserError(
+                    f"{name} holds ids of another tokenizer than this model's: name the text files instead of held_out"
+                )
+            choices = cast(list[Choice], work.items) if work.task.metric == "accuracy_pmi" else []
+            if any(item.unconditional is None for item in choices):
+                raise UserError(f"{name} is reported by accuracy_pmi: its requests need the key 'unconditional'")
 
     def __call__(self, work: Work) -> Result:
         """
@@ -135,8 +147,6 @@ class Evaluator:
         bare: list[list[Span]] = []
         contexts = [item.unconditional for item in items]
         known = all(context is not None for context in contexts)
-        if work.task.metric == "accuracy_pmi" and not known:
-            raise UserError(f"{work.task.name} is reported by accuracy_pmi: its requests need the key 'unconditional'")
         if known:
             bare = [
                 [encode_pair(self.tokenizer, cast(str, context), choice) for choice in item.choices]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from titan_yulan.checkpoint.layout import find_checkpoints
+from titan_yulan import config as configuration
+from titan_yulan.checkpoint.layout import CONFIG, Checkpoint, find_checkpoints
 from titan_yulan.data.report import Say, say_now
 from titan_yulan.errors import UserError
 from titan_yulan.eval.evaluate import Evaluator
@@ -81,11 +82,20 @@ def evaluate_series(run: Path, settings: Settings, against: Path | None = None, 
     models = [(checkpoint.path, checkpoint.state().phase) for checkpoint in ends]
     if against is not None:
         models.insert(0, (against, str(against)))
+    if settings.context is None:  # the same for all: a longer context alone makes a model better
+        lengths = [_sequence_length(checkpoint) for checkpoint in ends]
+        settings = replace(settings, context=min(lengths))
     with _Ranks(say) as ranks:
         works = find_work(settings.tasks, ends[-1].path, settings.requests, settings.limit)
         reports = [_evaluate(path, phase, works, settings, ranks) for path, phase in models]
         ranks.close(reports, settings, against is not None)
         return reports
+
+
+def _sequence_length(checkpoint: Checkpoint) -> int:
+    """Of the phase that a checkpoint ends."""
+    phases = configuration.load(checkpoint.path / CONFIG).config.phases
+    return next(phase.sequence_length for phase in phases if phase.name == checkpoint.state().phase)
 
 
 def _evaluate(run: Path, title: str, works: Sequence[Work], settings: Settings, ranks: _Ranks) -> Report:

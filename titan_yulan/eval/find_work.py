@@ -24,11 +24,16 @@ _SUFFIXES = (".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class Work:
-    """A task with its requests; `data` is the SHA-256 over the files that they were read from."""
+    """A task with its requests.
+
+    data: SHA-256 over the files that they were read from.
+    tokenizer: fingerprint of the tokenizer that made their ids; None: they are text.
+    """
 
     task: Task
     items: list[Item]
     data: str
+    tokenizer: str | None = None
 
 
 def find_work(names: Sequence[str], run: Path, folder: Path | None = None, limit: int | None = None) -> list[Work]:
@@ -117,7 +122,7 @@ def _held_out(run: Path, limit: int | None) -> list[Work]:
         if section.validation_path:
             source = Source.open(Path(section.validation_path))
             task = Task(f"{HELD_OUT}/{name}", "text", METRICS["text"], f"the held-out part of {name}")
-            works.append(Work(task, _documents(source, limit), source.fingerprint))
+            works.append(Work(task, _documents(source, limit), source.fingerprint, source.tokenizer_fingerprint))
     if not works:
         raise UserError(f"--tasks: no source of {run} has a held-out part ([data.sources.NAME] validation_path)")
     return works

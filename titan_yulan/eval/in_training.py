@@ -55,4 +55,5 @@ class TaskEvaluation:
         evaluator = Evaluator(
             decoder, self._tokenizer, self._context, batch_tokens, share, device=world.device, between=between
         )
+        evaluator.check(self._works)
         return [evaluator(work) for work in self._works]

@@ -12,6 +12,7 @@ import torch
 from titan_yulan.checkpoint.hugging_face import CONFIG, check_tensors, is_hugging_face, open_hugging_face
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
 from titan_yulan.checkpoint.layout import MANIFEST, hash_file, open_checkpoint
+from titan_yulan.checkpoint.resume import trained_tokenizer
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.load import load_decoder
@@ -59,7 +60,7 @@ def _open_checkpoint(path: Path) -> TrainedModel:
     phase = next(phase for phase in config.phases if phase.name == checkpoint.state().phase)
     return TrainedModel(
         decoder,
-        Tokenizer.load(config.tokenizer.path),
+        trained_tokenizer(checkpoint, config),
         fingerprint=hash_file(checkpoint.path / MANIFEST),
         precision=phase.parallel.compute_dtype,
         context=phase.sequence_length,

@@ -97,7 +97,8 @@ def series_table(reports: Sequence[Report], against: bool) -> list[str]:
         for result, old in zip(report.results, before.results, strict=True):
             value, then = result.metrics[result.metric], old.metrics[result.metric]
             gain = then - value if result.metric in _LOWER_IS_BETTER else value - then
-            cells.append(_number(value) + (f" ({gain:+.4f})" if place else ""))
+            cut = f", {result.cut} cut" if result.cut else ""
+            cells.append(_number(value) + (f" ({gain:+.4f})" if place else "") + cut)
         rows.append([report.title, *cells])
     than = f"than {reports[0].title}" if against else "than the phase before"
     return [f"In brackets: how much better {than}.", "", *_markdown(rows)]

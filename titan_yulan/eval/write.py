@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from titan_yulan.data.tokenizer import Tokenizer
-from titan_yulan.errors import UserError
+from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.attending import attending
 from titan_yulan.eval.batches import batches_of
 from titan_yulan.eval.cache import KeyValueCache
@@ -59,15 +59,10 @@ class Writer:
 
         Raises:
             UserError: a request may write more than the model reads.
+            RunError: the model's numbers are not finite.
         """
-        prompts = []
-        for request in requests:
-            if request.max_new_tokens >= self.context:
-                raise UserError(
-                    f"request {request.id} may write {request.max_new_tokens} tokens, and the model reads "
-                    f"{self.context}: lower --max-new-tokens, or raise --context if the model can"
-                )
-            prompts.append(self.tokenizer.encode(request.context) or [self.tokenizer.eos_id])
+        self.check(requests)
+        prompts = [self.tokenizer.encode(request.context) or [self.tokenizer.eos_id] for request in requests]
         rooms = [self.context - request.max_new_tokens for request in requests]
         done = 0
 
@@ -82,6 +77,19 @@ class Writer:
         lengths = [len(prompts[i][-rooms[i] :]) + requests[i].max_new_tokens for i in range(len(requests))]
         found = self.share.run(batches_of(lengths, self.batch_tokens), work)
         return [found[i] for i in range(len(requests))]
+
+    def check(self, requests: Sequence[Generation]) -> None:
+        """There must be room for what each request may write.
+
+        Raises:
+            UserError: a request may write more than the model reads.
+        """
+        for request in requests:
+            if request.max_new_tokens >= self.context:
+                raise UserError(
+                    f"request {request.id} may write {request.max_new_tokens} tokens, and the model reads "
+                    f"{self.context}: lower --max-new-tokens, or raise --context if the model can"
+                )
 
     @torch.no_grad()
     def _write(self, prompts: list[list[int]], requests: list[Generation]) -> list[tuple[str, int]]:
@@ -102,6 +110,8 @@ class Writer:
             while True:
                 positions = cache.begin(inputs.shape[1])
                 logits = self.decoder(inputs, position_ids=positions, head=last_logits)
+                if not bool(logits.amax(-1).isfinite().all()):
+                    raise RunError("the logits are not finite: the weights are damaged, or --precision is too low")
                 inputs = logits[:, : self.tokenizer.vocab_size].argmax(1, keepdim=True)
                 for row, token in enumerate(inputs[:, 0].tolist()):
                     if row in writing and not self._goes_on(written[row], token, requests[row]):
