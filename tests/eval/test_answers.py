@@ -99,6 +99,8 @@ def test_fractions_are_compared_by_value(value, factor: int) -> None:
         ("from -3 to -2", -2.0),
         ("#### 18", 18.0),
         ("1, 2", 2.0),
+        ("that is 8-3", 3.0),
+        ("12 - 15 = -3", -3.0),
         ("none", None),
     ],
 )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from titan_yulan.eval.formula import same_value
 
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _ANSWER_IS = re.compile(r"answer is:?\s*(.+?)(?:\.(?:\s|$)|\n|$)", re.IGNORECASE)
 _OPENING, _CLOSING = "([{", ")]}"
 
