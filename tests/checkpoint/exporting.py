@@ -29,6 +29,18 @@ from titan_yulan.parallel.fsdp import is_replicated
 from titan_yulan.parallel.mesh import build_mesh
 from titan_yulan.parallel.process import World
 
+# As in the published model: WeSaR, muP, grouped queries, biases of q, k and v, one embedding for both ends.
+YULAN = ModelConfig(
+    vocab_size=330,
+    hidden_size=24,
+    intermediate_size=36,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
 STEP = 3
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.checkpoint.exporting import random_state, write_checkpoint, write_sharded, write_vocabulary
+from tests.checkpoint.exporting import YULAN, random_state, write_checkpoint, write_sharded, write_vocabulary
 from tests.checkpoint.hugging_face_folders import LLAMA, write_llama
 from tests.distributed.ranks import run_ranks
 from titan_yulan.checkpoint import export as exporting
@@ -39,17 +39,6 @@ from titan_yulan.optimizer.adamw import build_adamw, optimizer_state
 
 transformers = pytest.importorskip("transformers")
 
-# As in the published model: WeSaR, muP, grouped queries, biases of q, k and v, one embedding for both ends.
-YULAN = ModelConfig(
-    vocab_size=330,
-    hidden_size=24,
-    intermediate_size=36,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
 UNTIED = replace(YULAN, tie_word_embeddings=False, embedding_scale=1.0)
 MINICPM = replace(
     YULAN,

@@ -11,23 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.exporting import random_state, write_checkpoint, write_vocabulary
+from tests.checkpoint.exporting import YULAN, random_state, write_checkpoint, write_vocabulary
 from titan_yulan import cli
 from titan_yulan.checkpoint import read_parts, stats
 from titan_yulan.checkpoint.stats import TensorStats, find_series, measure
-from titan_yulan.config.model import ModelConfig
 from titan_yulan.errors import RunError
 
-SMALL = ModelConfig(
-    vocab_size=330,
-    hidden_size=24,
-    intermediate_size=36,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-)
 BLOCK = "model.layers.1"
 # Which scalar multiplies which matrix, from the published forward pass.
 SCALARS = {
@@ -43,7 +32,7 @@ WITHOUT = ("model.embed_tokens.weight", "model.norm.weight", f"{BLOCK}.self_attn
 @pytest.fixture(scope="module")
 def states() -> list[dict[str, Tensor]]:
     """Two states of the model. The first has a bias of zero, as at initialisation, the second a negative scalar."""
-    first, second = random_state(SMALL, 1), random_state(SMALL, 2)
+    first, second = random_state(YULAN, 1), random_state(YULAN, 2)
     first[f"{BLOCK}.self_attn.k_proj.bias"].zero_()
     second[f"{BLOCK}.down_proj_alpha"].fill_(-0.5)
     return [first, second]
@@ -54,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, states: list[dict[str, Tensor
     folder = tmp_path_factory.mktemp("runs")
     write_vocabulary(folder / "words.tiktoken")
     for name, tensors in zip("ab", states, strict=True):
-        write_checkpoint(folder / name, SMALL, tensors, folder / "words.tiktoken")
+        write_checkpoint(folder / name, YULAN, tensors, folder / "words.tiktoken")
     return [folder / "a", folder / "b"]
 
 
@@ -106,10 +95,10 @@ def test_scalars_are_those_that_multiply_the_matrix(runs: list[Path], states: li
 
 
 def test_a_tensor_of_another_shape_has_no_distance(runs: list[Path], tmp_path: Path) -> None:
-    other = random_state(SMALL, 3)
+    other = random_state(YULAN, 3)
     other["model.embed_tokens.weight"] = torch.ones(8, 24)
     del other["model.norm.weight"]
-    write_checkpoint(tmp_path / "c", SMALL, other, runs[0].parent / "words.tiktoken")
+    write_checkpoint(tmp_path / "c", YULAN, other, runs[0].parent / "words.tiktoken")
     measured = by_tensor([runs[0], tmp_path / "c", runs[1]])
     without = [(place, name) for (place, name), line in measured.items() if place > 1 and line.distance is None]
     embedding = "model.embed_tokens.weight"
@@ -153,7 +142,7 @@ def test_damage_and_a_wrong_suffix_are_named(
     assert "--plot" in (said := capsys.readouterr().err) and "png" in said
     with pytest.raises(RunError, match="holds no complete checkpoint"):
         find_series([runs[0], tmp_path])
-    write_checkpoint(tmp_path / "d", SMALL, random_state(SMALL, 4), runs[0].parent / "words.tiktoken")
+    write_checkpoint(tmp_path / "d", YULAN, random_state(YULAN, 4), runs[0].parent / "words.tiktoken")
     (index,) = (tmp_path / "d").glob("checkpoints/*/.metadata")
     index.write_bytes(bytes(index.stat().st_size))
     with pytest.raises(RunError, match=r"\.metadata is damaged"):
