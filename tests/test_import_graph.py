@@ -27,6 +27,7 @@ ORDER = (
     "monitor",
     "eval",
     "plan",
+    "scaling",
     "inputs",
     "learner",
     "trainer",
