@@ -24,7 +24,8 @@ from titan_yulan.checkpoint.hugging_face import (
     parameter_shapes,
 )
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
-from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.model import Decoder
 

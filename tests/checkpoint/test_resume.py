@@ -23,7 +23,7 @@ from titan_yulan.checkpoint.resume import (
     run_folder,
     trained_tokenizer,
 )
-from titan_yulan.config.model import PRESETS
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.sections import (
     AdaptiveSection,
     BatchSection,

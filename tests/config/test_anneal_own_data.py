@@ -19,7 +19,8 @@ from titan_yulan.checkpoint.hugging_face import (
     parameter_shapes,
 )
 from titan_yulan.config import load
-from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.errors import UserError

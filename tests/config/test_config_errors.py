@@ -13,7 +13,8 @@ from titan_yulan.errors import UserError
 FOLDER = "it names a folder; allowed: letters, digits and . _ - + = @, first a letter or digit"
 SEED = "allowed: a whole number >= 0 and < 9223372036854775808"
 AMOUNT = "allowed: a number >= 0 or an amount of tokens like '1.2B'"
-PRESET = "allowed: 'yulan_mini_2b', 'llama3_8b', 'debug'; did you mean 'debug'?"
+FAMILY = "'data_constrained_7m' ... 'data_constrained_16183m' (docs/data_constrained.md)"
+PRESET = f"allowed: 'yulan_mini_2b', 'llama3_8b', 'debug', {FAMILY}; did you mean 'debug'?"
 BETAS = "allowed: a list of 2 values, each a number >= 0 and < 1"
 
 
@@ -203,7 +204,7 @@ def test_a_file_of_nothing_lists_what_is_required(tmp_path: Path) -> None:
         f"a.toml:1: {line}"
         for line in (
             "run.name: missing; required: a string",
-            "model: missing; required: preset, one of 'yulan_mini_2b', 'llama3_8b', 'debug', or a shape",
+            f"model: missing; required: preset, one of 'yulan_mini_2b', 'llama3_8b', 'debug', {FAMILY}, or a shape",
             "tokenizer.path: missing; required: a string",
             "data.sources: missing; required: a table",
             "optimizer.learning_rate: missing; required: a number > 0",

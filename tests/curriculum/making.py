@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from titan_yulan.config.model import PRESETS
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.sections import (
     BatchSection,
     DataSection,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titan_yulan.config.model import PRESETS
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.kernels import bench, bench_measure
 from titan_yulan.kernels.bench_measure import Case, WrongResult, accumulated_error, errors, timing
 from titan_yulan.kernels.bench_operations import KEYS, OPERATIONS, Shape, implementation

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from titan_yulan.config.model import PRESETS
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.kernels import compile_ahead
 from titan_yulan.kernels.compile_ahead import SHARED_LIMIT, SIZES, Resources, golden_file
 

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from titan_yulan.config.model import PRESETS
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
 from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.model import Decoder

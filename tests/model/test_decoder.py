@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.model.decoder import Decoder
 from titan_yulan.model.initialise import initialise
 from titan_yulan.model.scale import RMSNorm, combine, multiply

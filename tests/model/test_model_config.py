@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from titan_yulan.config.model import PRESETS, ModelConfig, count_parameters
+from titan_yulan.config.model import ModelConfig, count_parameters
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.errors import UserError
 from titan_yulan.model.decoder import Decoder
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.sections import OptimizerSection
 from titan_yulan.model import Decoder
 from titan_yulan.optimizer.groups import Group, assign, group_table

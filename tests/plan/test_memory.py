@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tests.curriculum.making import configuration, phase
 from tests.distributed.ranks import run_ranks
 from tests.parallel import small_decoder
-from titan_yulan.config.model import PRESETS, count_parameters
+from titan_yulan.config.model import count_parameters
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.sections import (
     ActivationCheckpointSection,
     BatchSection,

@@ -33,7 +33,7 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, longest: i
         longest: tokens that the model takes at most.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        _write_json(folder / TOKENIZER, tokenizer_json(tokenizer.ranks))
+        _write_json(folder / TOKENIZER, tokenizer_json(tokenizer.ranks, tokenizer.pattern))
         _write_json(folder / CONFIG, _tokenizer_config(longest))
         return
     file = source / TOKENIZER if source.is_dir() else source
@@ -43,8 +43,8 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, longest: i
             shutil.copyfile(file.with_name(name), folder / name)
 
 
-def tokenizer_json(ranks: Mapping[bytes, int]) -> dict[str, Any]:
-    """The content of a tokenizer.json: byte-level BPE with `PATTERN`, end of text as the one special token."""
+def tokenizer_json(ranks: Mapping[bytes, int], pattern: str = PATTERN) -> dict[str, Any]:
+    """The content of a tokenizer.json: byte-level BPE with pre-tokens of `pattern`, end of text as the one special token."""
     end_of_text = {
         "id": len(ranks),
         "content": END_OF_TEXT,
@@ -54,7 +54,7 @@ def tokenizer_json(ranks: Mapping[bytes, int]) -> dict[str, Any]:
         "normalized": False,
         "special": True,
     }
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     bytes_to_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     letters = _letters()
 

@@ -2,7 +2,8 @@
 
 from titan_yulan.config.find import find
 from titan_yulan.config.load import Loaded, load
-from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.config.model import ModelConfig
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.schema import schema
 from titan_yulan.config.sections import (
     BatchSection,

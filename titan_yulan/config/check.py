@@ -12,7 +12,7 @@ from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import KeyPath, toml_string
 from titan_yulan.config.sections import BatchSection, LearningRateSegment, PhaseSection, RunConfig
-from titan_yulan.config.values import Duration, Tokens, amount
+from titan_yulan.config.values import Duration, Tokens, amount, parse_steps
 
 _FOLDER_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,199}$")
 
@@ -45,6 +45,11 @@ class _Check:
                 self.interval((section, "every"), every)
         if _sound(config.data) and _sound(config.data.sources, config.data.shuffle):
             self.patterns(("data", "shuffle"), config.data.shuffle, config.data.sources)
+        for key in ("profile_steps", "memory_snapshot_steps"):
+            self.steps(("monitor", key), getattr(config.monitor, key))
+        for key in ("wandb_group", "wandb_name"):
+            if getattr(config.monitor, key) and not config.monitor.wandb_project:
+                self.refuse(("monitor", key), "nothing is sent without monitor.wandb_project; set that, or remove this")
         self.phase_names()
         for index, phase in enumerate(config.phases):
             self.phase(phase, ("phases", index))
@@ -74,6 +79,13 @@ class _Check:
             self.refuse(path, f"found '{every}'; a share belongs to a phase; write tokens, steps or rows")
         else:
             self.countable(path, every)
+
+    def steps(self, path: KeyPath, value: str) -> None:
+        if _sound(value):
+            try:
+                parse_steps(value)
+            except ValueError as error:
+                self.refuse(path, str(error))
 
     def countable(self, path: KeyPath, duration: Duration) -> bool:
         """Refuse a duration of nothing, and fractions of steps or rows."""

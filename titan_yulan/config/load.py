@@ -11,8 +11,9 @@ from titan_yulan.config.assemble import Assembled, Assembler
 from titan_yulan.config.bind import Binder, found, is_section, keys_of, nearest
 from titan_yulan.config.check import check
 from titan_yulan.config.miniature import make_small
-from titan_yulan.config.model import PRESETS, ModelConfig
+from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.override import loading_sections, phase_sections, read_overrides, run_sections
+from titan_yulan.config.presets import PRESETS, describe_presets
 from titan_yulan.config.read import KeyPath, Node, Origin, Problems, Reader, dotted
 from titan_yulan.config.sections import MiniatureSection, PhaseSection, RunConfig
 
@@ -97,14 +98,12 @@ def _model(node: Node, binder: Binder) -> ModelConfig:
     preset = node.get("preset")
     if preset is None:
         if node.value == {}:
-            binder.problems.add(
-                node.origin, f"missing; required: preset, one of {', '.join(map(repr, PRESETS))}, or a shape"
-            )
+            binder.problems.add(node.origin, f"missing; required: preset, one of {describe_presets()}, or a shape")
         return binder.section(ModelConfig, node, ("model",), partial=node.value == {})
     own = {key: value for key, value in node.value.items() if key != "preset"}
     known = preset.plain() in list(PRESETS)
     if not known:
-        allowed, hint = ", ".join(map(repr, PRESETS)), nearest(str(preset.value), PRESETS)
+        allowed, hint = describe_presets(), nearest(str(preset.value), PRESETS)
         binder.problems.add(preset.origin, f"found {found(preset.plain())}; allowed: {allowed}{hint}")
     keys = preset_keys(preset.value) if known else {}
     return binder.section(ModelConfig, Node({**keys, **own}, node.origin), ("model",), partial=not known)

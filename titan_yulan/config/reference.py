@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from titan_yulan.config.bind import Key, describe, is_section, keys_of
-from titan_yulan.config.model import PRESETS
 from titan_yulan.config.override import loading_sections, phase_sections, run_sections
+from titan_yulan.config.presets import describe_presets
 from titan_yulan.config.schema import schema
 from titan_yulan.config.sections import LearningRateSegment, PhaseSection, SourceSection
 from titan_yulan.config.show import toml_value
@@ -47,8 +47,7 @@ def _section(name: str, section: type) -> str:
     lines = [f"### {title}", "", doc[:1].upper() + doc[1:], ""]
     lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
     if name == "model":
-        choices = ", ".join(f"`{preset!r}`" for preset in PRESETS)
-        lines.append(f"| `preset` | {choices} | | a whole model by name; keys written beside it win |")
+        lines.append(f"| `preset` | {describe_presets()} | | a whole model by name; keys written beside it win |")
     lines += [_row(key) for key in keys_of(section).values()]
     return "\n".join(lines)
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from titan_yulan.config.bind import NONE_TEXT, Key, is_section, keys_of, union_members
-from titan_yulan.config.model import PRESETS
 from titan_yulan.config.override import loading_sections, phase_sections, run_sections
+from titan_yulan.config.presets import PRESETS
 from titan_yulan.config.sections import PhaseSection
 from titan_yulan.config.values import Duration, Tokens
 

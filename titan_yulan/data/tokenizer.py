@@ -1,4 +1,4 @@
-"""The tokenizer: a tiktoken vocabulary file, or a Hugging Face tokenizer.json.
+"""The tokenizer: a tiktoken vocabulary file, GPT-2's vocab.json and merges.txt, or a Hugging Face tokenizer.json.
 
 A vocabulary file holds one token a line, `<base64 of its bytes> <rank>`. End of text is the id right after the ranks.
 We read it ourselves and encode with tiktoken's core: tiktoken's own reader keeps a copy keyed by the path alone, so a
@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from titan_yulan.data import gpt2
 from titan_yulan.data.bpe import PATTERN
 from titan_yulan.data.storage import write_atomic
 from titan_yulan.errors import UserError
@@ -40,10 +41,11 @@ MAX_CHUNK = 100_000
 class Tokenizer:
     """Byte-level BPE: every text has ids, and decoding gives the text back."""
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
+    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN) -> None:
         """
         Args:
             ranks: token -> rank; ranks are 0..n-1 and every single byte is a token.
+            pattern: of the pre-tokens. None of its alternatives may cross from a letter to a blank.
 
         Raises:
             UserError: the ranks have gaps, or a byte is missing.
@@ -53,16 +55,19 @@ class Tokenizer:
         missing = [value for value in range(256) if bytes([value]) not in ranks]
         if missing:
             raise UserError(f"the vocabulary lacks {len(missing)} of the 256 single bytes (first: {missing[0]:#04x})")
-        self.ranks = ranks
+        self.ranks, self.pattern = ranks, pattern
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a vocabulary file; a tokenizer.json, or a folder that holds one, is a Hugging Face tokenizer.
+        """Read a vocabulary file, or GPT-2's two files in a folder; a tokenizer.json, or a folder that holds one, is a
+        Hugging Face tokenizer.
 
         Raises:
             UserError: the file is missing, or a line of it is damaged.
         """
         path = Path(path)
+        if gpt2.is_gpt2(path):
+            return cls(gpt2.read_gpt2(path), gpt2.PATTERN)
         if path.is_dir() or path.suffix == ".json":
             return HuggingFaceTokenizer.open(path)
         ranks = _read_ranks(path)
@@ -84,7 +89,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides the ids: ranks, pattern, special tokens."""
-        content = [f"pattern {PATTERN}\n", f"special {END_OF_TEXT} {self.eos_id}\n"]
+        content = [f"pattern {self.pattern}\n", f"special {END_OF_TEXT} {self.eos_id}\n"]
         return hashlib.sha256("".join(content).encode() + _lines(self.ranks)).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -120,10 +125,10 @@ class Tokenizer:
     def _encoding(self) -> tiktoken.Encoding:
         import tiktoken
 
-        return tiktoken.Encoding("titan_yulan", pat_str=PATTERN, mergeable_ranks=self.ranks, special_tokens={})
+        return tiktoken.Encoding("titan_yulan", pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"ranks": self.ranks}
+        return {"ranks": self.ranks, "pattern": self.pattern}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -246,7 +251,8 @@ def _pieces(text: str) -> list[tuple[int, int]]:
 
 
 def _cut(text: str, start: int, end: int) -> int:
-    """The last place in (start, end] after a letter and before a blank; no alternative of PATTERN crosses such a place.
+    """The last place in (start, end] after a letter and before a blank; no alternative of the pattern crosses such a
+    place.
 
     The look-ahead of the pattern sees only blanks, and a piece that ends in a letter ends before one.
     """
