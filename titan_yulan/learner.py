@@ -26,8 +26,10 @@ from titan_yulan.eval.evaluate import Result
 from titan_yulan.eval.in_training import TaskEvaluation
 from titan_yulan.eval.validation import HeldOutRows, validation_loss
 from titan_yulan.kernels.runtime import Kernels
+from titan_yulan.monitor.observation import Observation
 from titan_yulan.monitor.recorder import StepValues
 from titan_yulan.monitor.recovery import LEFT_OUT
+from titan_yulan.monitor.statistics import is_due
 from titan_yulan.objective.forward import forward
 from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate, step_unless
@@ -57,7 +59,7 @@ class Learner:
     def build(self, phase: PhasePlan) -> None:
         """A fresh model, optimizer and guard in the layout of `phase`; all ranks together."""
         config, section = self.config, phase.section
-        for name in ("decoder", "optimizer"):
+        for name in ("decoder", "optimizer", "observation"):
             vars(self).pop(name, None)  # the old ones go first, so that there is never room needed for both
         self.layout = (section.parallel, section.activation_checkpoint)
         degrees = resolve_degrees(section.parallel, self.world.size, config.model, section.sequence_length)
@@ -84,6 +86,8 @@ class Learner:
         compile_loss(self.objective, config.compile)
         self.optimizer = build_adamw(self.decoder, config.model, config.optimizer)
         self.guard = Guard(config.recovery, self.world.device)
+        if config.monitor.statistics_every:
+            self.observation = Observation(config, self.decoder, self.objective, self.optimizer, self.world.device)
         self.set_rope_theta(phase)
 
     def fits(self, phase: PhasePlan) -> bool:
@@ -157,6 +161,9 @@ class Learner:
         dist.all_reduce(denominator, group=mesh.loss_group)
         divisor = torch.where(denominator == 0, 1.0, denominator)  # a batch without any target has no gradient
         totals = torch.zeros(1 + 2 * len(self.plan.sources), device=self.world.device)
+        observed = is_due(step + 1, self.config.monitor.statistics_every)
+        if observed:
+            self.observation.before_forward(batches[0])
         for index, part in enumerate(inputs):
             if index:
                 between(f"micro-batch {index + 1} of step {step + 1}")
@@ -166,6 +173,8 @@ class Learner:
             objective = sums.objective.detach() * divisor
             totals += torch.cat([objective[None], sums.cross_entropy, sums.tokens])
         sum_replicated_gradients(self.decoder)
+        if observed:
+            self.observation.before_clipping()
         gradient_norm = clip_gradients(self.decoder.parameters(), self.config.optimizer.max_gradient_norm)
         dist.all_reduce(totals, group=mesh.loss_group)
         if step == phase.start.step:
@@ -174,9 +183,10 @@ class Learner:
         learning_rate = self.plan.learning_rate(step)
         set_learning_rate(self.optimizer, learning_rate)
         step_unless(self.optimizer, refused)
+        statistics = self.observation.after_update(refused) if observed else None
         self.optimizer.zero_grad()
         prints = self._global_fingerprint(batches)
-        return StepValues(phase, learning_rate, totals, denominator, gradient_norm, prints, verdict)
+        return StepValues(phase, learning_rate, totals, denominator, gradient_norm, prints, verdict, statistics)
 
     def leave_out(self, step: int, batches: list[Batch]) -> StepValues:
         """A step of the skip list instead of `train_step`: its rows are read, and nothing is learned from them."""

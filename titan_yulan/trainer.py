@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -42,19 +42,19 @@ from titan_yulan.inputs import RunInputs
 from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.learner import Learner
 from titan_yulan.monitor.events import append_event
+from titan_yulan.monitor.garbage import GarbageCollection
 from titan_yulan.monitor.metrics import write_status
+from titan_yulan.monitor.profile import Profile, communication_share
 from titan_yulan.monitor.recorder import Recorder
 from titan_yulan.monitor.recovery import GoBack, Recovery
+from titan_yulan.monitor.settling import Settling
 from titan_yulan.monitor.watchdog import Watchdog
-from titan_yulan.parallel.compile import CompileWatch
 from titan_yulan.parallel.launched import DEVICE_VARIABLE, STOP_FILE
 from titan_yulan.parallel.nodes import StepTimes, check_nodes
 from titan_yulan.parallel.process import World
 from titan_yulan.parallel.stopping import StopRequests
 from titan_yulan.plan.curriculum import repetitions, source_uses
 
-# After the model is built anew, compiling is no surprise for so many steps.
-_COMPILING_STEPS = 2
 # Printed lines between two comparisons of the ranks' speed.
 _COMPARE_EVERY = 10
 
@@ -93,6 +93,7 @@ class Trainer:
             write_status(self.folder, "running", 1)
             for leftover in remove_leftovers(self.folder / "checkpoints"):
                 self.say(f"removed {leftover}: a save that did not finish")
+        self.profile = Profile(config, self.folder, world, partial(self._tell, "trace"))
         dist.barrier(group=world.host)  # nothing on the devices before they were looked at
         check_nodes(world, self.say)
         self.saver = Saver(self.folder / "checkpoints", world, config.checkpoint, partial(self._tell, "checkpoint"))
@@ -106,7 +107,8 @@ class Trainer:
         self.step = self.resume.step
         self.recovery = Recovery(config.recovery, self.plan, self.folder, world.is_main)
         self.recovery.recall(world)
-        self.compilations, self.step_times = CompileWatch(), StepTimes(world)
+        self.step_times, self.garbage = StepTimes(world), GarbageCollection()
+        self.settling = Settling(watchdog, self.garbage, world.rank, self.say)
         self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say)
         self._build(self.plan.phase_at(self.step))
         if checkpoint is not None:
@@ -149,8 +151,8 @@ class Trainer:
 
     def _build(self, phase: PhasePlan) -> None:
         self.watchdog.beat("building the model")
+        self.settling.built()
         self.learner.build(phase)
-        self.unsettled_steps = _COMPILING_STEPS
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         """Put step, weights, moments and window where a checkpoint has them; None: where the run began."""
@@ -175,17 +177,25 @@ class Trainer:
         resumed = self.step if self.step > self.plan.phases[0].start.step else None
         self.recorder = Recorder(self.config, self.plan, self.folder, resumed, self.world, self.recovery)
         try:
-            return self._train_all()
+            with self.garbage:
+                return self._train_all()
         except (UserError, OSError):
             self._join_saver()  # what was sound when it was saved is kept
             raise
+        except torch.OutOfMemoryError:
+            self.profile.out_of_memory()
+            raise
+        finally:
+            self.profile.drop()
 
     def _train_all(self) -> str:
         try:
-            self.learner.rehearse(self.step)
+            with self.recorder.spending("setup"):
+                self.learner.rehearse(self.step)
             self._poll("after the dry run")
             self._validate_if_due()
             self._evaluate_if_due()
+            self._profile()
             while self.step < self.plan.end.step:
                 try:
                     self._train_phase()
@@ -213,20 +223,22 @@ class Trainer:
                 if self.recovery.leaves_out(self.step + 1):
                     values = self.learner.leave_out(self.step, batches)
                 else:
-                    with self.watchdog.patient("a step that may compile") if self.unsettled_steps else nullcontext():
+                    with self.settling.step():
                         values = self.learner.train_step(self.step, batches, between=self._poll)
                 self.step += 1
                 self.step_times.add(loader.waited)
                 if self.recorder.record(self.step, values, loader.waited):
                     self._check_records()
                     self._compare_ranks()
-                self._watch_compilations()
+                    self.garbage.collect()
+                self.settling.after(self.step)
                 if self.step < phase.end.step and self.controller.due(self.step):
                     self._adjust_mixture()
                 self._validate_if_due()
                 self._evaluate_if_due()
                 if self.step == phase.end.step or self._due(self.config.checkpoint.every):
                     self.save()
+                self._profile()
                 self._poll(f"after step {self.step}")
 
     # --- pieces of the loop ------------------------------------------------------------------------------------
@@ -235,7 +247,7 @@ class Trainer:
         """Make the model what this phase needs, and say where the run is."""
         if not self.learner.fits(phase):
             self._join_saver()  # the boundary's checkpoint carries the weights over to the new layout
-            with self.watchdog.patient("changing the layout"):
+            with self.watchdog.patient("changing the layout"), self.recorder.spending("setup"):
                 self._build(phase)
                 self.learner.rehearse(self.step)
                 self.learner.load(Checkpoint(step_folder(self.folder / "checkpoints", self.step), self.step))
@@ -273,7 +285,7 @@ class Trainer:
     def _go_back(self) -> None:
         """Go on from the newest good checkpoint, or, if there is none yet, from where the run began."""
         self._join_saver()
-        with self.watchdog.patient("going back to a checkpoint"):
+        with self.watchdog.patient("going back to a checkpoint"), self.recorder.spending("setup"):
             checkpoint = self._newest_checkpoint()
             if checkpoint is None:
                 self._build(self.plan.phases[0])
@@ -281,6 +293,8 @@ class Trainer:
             check_resume(self.config, self.plan, checkpoint, self.allow_changes)  # it may lie in a finished phase
             self._restore(checkpoint)
         self.recorder.rewind(self.step)
+        self.profile.drop()
+        self._profile()
         self._tell("went back", f"went back to step {self.step}", step=self.step)
 
     def _check_records(self) -> None:
@@ -322,10 +336,11 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """Measure and record the losses of the held-out parts, by source."""
-        with self.watchdog.patient("validation"):
+        self.recorder.flush()  # what the device still has to do belongs to the steps
+        with self.watchdog.patient("validation"), self.recorder.spending("validation"):
             sums, tokens = self.learner.validate(self.inputs.held_out, self.inputs.held_out_tapes, between=self._poll)
             losses = self.recorder.validation(self.step, sums, tokens)
-        self.unsettled_steps = max(self.unsettled_steps, 1)  # a forward pass alone is compiled at its first use
+        self.settling.measured()
         return losses
 
     def _evaluate_if_due(self) -> None:
@@ -337,7 +352,7 @@ class Trainer:
         if self.world.agree(int(self.recorder.has_evaluation(self.step))):
             return
         self.learner.set_rope_theta(self._last_phase())
-        with self.watchdog.patient("benchmarks"):
+        with self.watchdog.patient("benchmarks"), self.recorder.spending("validation"):
             results = self.learner.evaluate(tasks, between=self._poll)
             self.recorder.evaluation(self.step, {result.task: result.metrics for result in results})
             for result in results:
@@ -350,17 +365,16 @@ class Trainer:
         dist.broadcast_object_list(losses, src=0, group=self.world.host)  # to the last bit, or ranks read other rows
         self.recorder.mixture(*self.controller.adjust(self.step, losses[0]))
 
-    def _watch_compilations(self) -> None:
-        """Say what was compiled when it was to be expected, and complain when it was not."""
-        if self.unsettled_steps:
-            self.unsettled_steps -= 1
-            if not self.unsettled_steps:
-                self.watchdog.settle()
-                if line := self.compilations.settle():
-                    self.say(line)
+    def _profile(self) -> None:
+        """Begin or end the trace that is due before the next step."""
+        if not self.profile.due(self.step + 1):
             return
-        for line in self.compilations.recompiled():
-            print(f"WARNING: step {self.step}, rank {self.world.rank}: {line}")
+        if self.profile.ends(self.step + 1):
+            self.recorder.flush()  # to wait for the device takes time of the steps, not of the trace
+        with self.watchdog.patient("a trace"), self.recorder.spending("setup"):
+            found = self.profile.next_step(self.step + 1, self._last_phase())
+        if found is not None:
+            self.recorder.scalars(self.step, {"perf/share_communication_percent": communication_share(found)})
 
     def save(self) -> None:
         """Write what is recorded, check that it is sound, then write a checkpoint (or begin to)."""
@@ -368,16 +382,15 @@ class Trainer:
         self._check_records()  # a line that could not be written must not lie behind a checkpoint
         phase = self._last_phase()
         state = self.inputs.state_after(phase, self.step, self.recovery.skipped)
-        with self.watchdog.patient(f"saving step {self.step}"):
+        with self.watchdog.patient(f"saving step {self.step}"), self.recorder.spending("checkpoint"):
             self.saver.save(self.learner.tensors(), state, configuration.to_toml(self.config))
         self.saved_step = self.step
         if state.phase_finished:
             for line in ledger_lines(phase, ledger(self.plan, self.step, self.inputs.sizes)):
                 self.say(line)
-        self.recorder.pause_ends()
 
     def _join_saver(self) -> None:
-        with self.watchdog.patient("writing a checkpoint"):
+        with self.watchdog.patient("writing a checkpoint"), self.recorder.spending("checkpoint"):
             self.saver.join()
 
     def close(self, outcome: str) -> None:

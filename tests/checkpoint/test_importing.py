@@ -17,12 +17,16 @@ from titan_yulan import config as configuration_package
 from titan_yulan.checkpoint import importing, store
 from titan_yulan.checkpoint.importing import import_checkpoint
 from titan_yulan.checkpoint.layout import find_checkpoints, find_damage
+from titan_yulan.checkpoint.resume import Resume, check_resume, make_plan
 from titan_yulan.cli import main
 from titan_yulan.config.model import ModelConfig
-from titan_yulan.config.sections import RunConfig, TokenizerSection
+from titan_yulan.config.sections import RunConfig, SourceSection, TokenizerSection
+from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data.tokenizer import save_ranks
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.load import load_decoder
+
+ZERO = {"x": 0, "y": 0}
 
 
 def run_config(root: Path, model: ModelConfig) -> RunConfig:
@@ -58,6 +62,33 @@ def test_states_of_deepspeed_are_all_there(tmp_path: Path, monkeypatch: pytest.M
             assert torch.equal(found[f"{name}.{key}"], expected[name][key]), name
 
 
+def test_a_state_may_come_after_phases_that_others_trained(tmp_path: Path) -> None:
+    write_universal(tmp_path / "states", make_peer().state())
+    alone = run_config(tmp_path, MODEL)
+    before = phase("one", "4 steps", {"x": 1.0, "y": 1.0}), phase("two", "1 steps", {"y": 1.0})
+    next_phase = replace(alone.phases[0], rope_theta=49000.0)
+    sources = replace(alone.data, sources=alone.data.sources | {"y": SourceSection(path="data/y")})
+    config = replace(alone, phases=(*before, next_phase), first_phase=2, data=sources)
+    lines: list[str] = []
+    checkpoint = import_checkpoint(tmp_path / "states", config, tmp_path / "run", report=lines.append)
+    assert "token 640 as if the 2 phases before 'next' had been trained here" in lines[0]
+    assert not any("rope_theta" in line for line in lines)  # the model is that of the phase before
+    state, plan = checkpoint.state(), Plan(config)
+    assert (state.phase, state.phase_finished, state.step) == ("two", True, GLOBAL_STEP)
+    # 4 steps of 8 rows of 16 tokens, half and half; then one of "y" alone
+    assert state.tapes == {"x": 256, "y": 384} and state.origin == {"step": 0, "row": 0, "token": 0, "tapes": ZERO}
+    run = configuration_package.load(checkpoint.path / "config.toml").config
+    found = make_plan(run, checkpoint)
+    assert check_resume(run, found, checkpoint) == Resume(GLOBAL_STEP, False, [])
+    assert [phase.start for phase in found.phases] == [phase.start for phase in plan.phases]
+    # a phase behind it goes on too, a phase that is not the next one does not
+    more = replace(run, phases=(*run.phases, phase("last", "1 steps", {"x": 1.0})))
+    assert check_resume(more, make_plan(more, checkpoint), checkpoint).step == GLOBAL_STEP
+    skipping = replace(more, first_phase=3)
+    with pytest.raises(UserError, match="'last' comes after phase 'next', which is not finished"):
+        check_resume(skipping, make_plan(skipping, checkpoint), checkpoint)
+
+
 def test_a_llama_in_pickles_is_imported_with_its_weights_alone(tmp_path: Path) -> None:
     model = replace(LLAMA, vocab_size=259)
     write_llama(tmp_path / "llama", model, torch.bfloat16)
@@ -77,6 +108,18 @@ def test_a_llama_in_pickles_is_imported_with_its_weights_alone(tmp_path: Path) -
         assert parameter.dtype == torch.float32 and torch.equal(parameter, weights[name].float()), name
 
 
+def test_a_rotary_base_of_the_phase_is_told(tmp_path: Path) -> None:
+    write_universal(tmp_path / "states", make_peer().state())
+    config = run_config(tmp_path, MODEL)
+    config = replace(config, phases=(replace(config.phases[0], rope_theta=49000.0),))
+    lines: list[str] = []
+    import_checkpoint(tmp_path / "states", config, tmp_path / "run", report=lines.append)
+    (note,) = [line for line in lines if line.startswith("note: phase 'next' sets rope_theta = 49000, the folder has ")]
+    assert f"has {MODEL.rope_theta:g}: eval, generate and export of this checkpoint use the phase's; leave" in note
+    _, loaded = load_decoder(tmp_path / "run")
+    assert loaded.phases[0].rope_theta == 49000.0
+
+
 def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_yulan(tmp_path / "yulan", MODEL)
     config, output = run_config(tmp_path, MODEL), tmp_path / "run"
@@ -90,7 +133,7 @@ def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     assert "--from: " in refused(config, tmp_path) and "is no folder of Hugging Face" in refused(config, tmp_path)
     assert "config.json is of another model than [model]" in refused(replace(config, model=LLAMA))
     later = replace(config, phases=(phase("before", "2 steps", {"x": 1.0}), *config.phases), first_phase=1)
-    assert "phase 'next' comes after others" in refused(later)
+    assert "yulan holds weights alone, so it is not known to come after phase 'before'" in refused(later)
     small = replace(MODEL, vocab_size=200)
     write_yulan(tmp_path / "small", small)
     assert "t.tiktoken has 257 entries and the model 200" in refused(replace(config, model=small), tmp_path / "small")

@@ -185,10 +185,11 @@ def test_waited_is_the_time_spent_waiting_for_the_last_item(monkeypatch: pytest.
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_fingerprint_on_torch_is_that_of_numpy(rows: list[list[int]]) -> None:
-    on_torch = loader.fingerprint(torch.tensor(rows))
+def test_fingerprint_by_operators_of_torch_is_that_of_numpy(rows: list[list[int]]) -> None:
+    on_torch = loader.fingerprint_on_device(torch.tensor(rows))
     assert on_torch.dtype == torch.int64
     assert on_torch.numpy().view(np.uint64).tolist() == hashing.fingerprint(np.array(rows)).tolist()
+    assert torch.equal(loader.fingerprint(torch.tensor(rows)), on_torch)
 
 
 def test_fingerprint_on_torch_differs_when_two_tokens_change_places() -> None:

@@ -193,12 +193,12 @@ def make_learner(case: Case, world: World, seed: int = 7) -> Learner:
     config = run_config(case, seed)
     learner = Learner(config, Plan(config), world, "auto", lambda line: None)
     learner.build(learner.plan.phases[0])
-    _disturb(learner.decoder, seed)
+    disturb(learner.decoder, seed)
     return learner
 
 
 @torch.no_grad()
-def _disturb(decoder: torch.nn.Module, seed: int) -> None:
+def disturb(decoder: torch.nn.Module, seed: int) -> None:
     """Noise, the same in every layout, on all that starts at 0 or 1: a bias that is added twice, or a norm's weight
     that is left out, would not show there."""
     for name, parameter in decoder.named_parameters():

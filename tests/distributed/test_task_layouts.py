@@ -1,4 +1,4 @@
-"""Log-likelihoods under a decoder that ranks share are those of the whole one, and leave it as it is."""
+"""Log-likelihoods and writing under a decoder that ranks share are those of the whole one, and leave it as it is."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tests.data.making import BYTES
 from tests.distributed.layout_cases import VOCABULARY, Case, make_learner
 from tests.distributed.ranks import run_ranks
 from titan_yulan.data import hashing
 from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span
+from titan_yulan.eval.requests import Generation
 from titan_yulan.eval.share import Share
+from titan_yulan.eval.write import Writer, Written
 from titan_yulan.model import Decoder
 from titan_yulan.parallel.fsdp import reshard
 from titan_yulan.parallel.process import World
@@ -34,32 +37,46 @@ def spans() -> list[Span]:
     return [*found, Span(found[1].context, [3]), Span(found[1].context, [4])]
 
 
+def requests() -> list[Generation]:
+    """More and less than a batch for each rank, of which each writes for another time."""
+    texts = ["one", "another context, longer", "x", "the same length as", "some more text", "a b", "seven", "0" * 30]
+    return [Generation(str(i), text, ("\x07",), 1 + 5 * (i % 3)) for i, text in enumerate(texts)]
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def compare(world: World) -> list[tuple[str, list[Likelihood], list[Likelihood], bool]]:
-    """For each case its name, the likelihoods of the ranks together and of one, and whether the weights stayed."""
+Found = list[Likelihood] | list[Written]
+
+
+def compare(world: World) -> list[tuple[str, list[Found], list[Found], bool]]:
+    """For each case its name, what the ranks found together and what one did, and whether the weights stayed."""
     found = []
     for case in CASES:
         torch.compiler.reset()
         learner = make_learner(case, world)
         weights = {name: whole(parameter).clone() for name, parameter in learner.decoder.named_parameters()}
-        share = Share(learner.mesh.data_rank, learner.mesh.data_size, world.host)
-        together = Likelihoods(learner.decoder, 24, 60, share, world.device)(spans())
+        share = Share(learner.mesh.data_rank, learner.mesh.data_size, world.host, together=True)
+        together = [
+            Likelihoods(learner.decoder, 24, 60, share, world.device)(spans()),
+            Writer(learner.decoder, BYTES, 24, 60, share, world.device)(requests()),
+        ]
         reshard(learner.decoder)
         alone = Decoder(learner.config.model)
         alone.load_state_dict(weights)
         same = all(torch.equal(whole(p), weights[name]) for name, p in learner.decoder.named_parameters())
-        found.append((case.name, together, Likelihoods(alone, 24, 60)(spans()), same))
+        expected = [Likelihoods(alone, 24, 60)(spans()), Writer(alone, BYTES, 24, 60)(requests())]
+        found.append((case.name, together, expected, same))
     return found
 
 
-def test_every_layout_gives_the_likelihoods_of_one_process() -> None:
+def test_every_layout_gives_the_likelihoods_and_texts_of_one_process() -> None:
     ranks = run_ranks(compare, 4)
     for name, together, alone, same in ranks[0]:
         assert same, name
-        for left, right in zip(together, alone, strict=True):
+        assert together[1] == alone[1] and len({written.text for written in alone[1]}) > 4, name
+        for left, right in zip(together[0], alone[0], strict=True):
             assert abs(left.logprob - right.logprob) < 1e-4 * max(1.0, abs(right.logprob)), name
             assert (left.tokens, left.greedy, left.cut) == (right.tokens, right.greedy, right.cut), name
     assert all(rank == ranks[0] for rank in ranks)

@@ -164,7 +164,7 @@ def test_phases_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         (("--tasks", "humaneval"), "allow it with --execute-code"),
         (("--tasks", "gsm8k", "--context", "5"), "may write 5 tokens, and the model reads 5: lower --max-new-tokens"),
-        (("--tasks", "arc_easy", "--context", "65"), "--context must be at most 64"),
+        (("--tasks", "arc_easy", "--context", "65"), "--context 65: the model of"),
         (("--tasks", "arc_easy", "--limit", "0"), "--limit 0: at least 1"),
         (("--tasks", ","), "--tasks names no task"),
         (("--tasks", "arc_easy", "--against", "x"), "--against goes with --series"),

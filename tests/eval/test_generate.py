@@ -65,11 +65,23 @@ def test_a_batch_gives_what_each_prompt_gives_alone(yulan: Decoder, sampling: Sa
     assert (other == together) == (sampling is GREEDY)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_without_a_cache_the_same_is_drawn(yulan: Decoder, temperature: float) -> None:
+    sampling = Sampling(temperature, 30, seed=4)
     for prompt in PROMPTS[:3]:
-        ids = generate(yulan, prompt, temperature=temperature, top_k=30, seed=4, **KEYS)
-        assert ids == continue_ids(yulan, [prompt], Sampling(temperature, 30, seed=4), **KEYS)[0].ids
+        ids = list(prompt)
+        for number in sampling.numbers(prompt, 16).tolist():
+            if 256 not in ids:
+                ids += sampling.choose(yulan(torch.tensor([ids]))[:, -1, :257], [number])
+        found = generate(yulan, prompt, temperature=temperature, top_k=30, seed=4, **KEYS)
+        assert [token for token in ids[len(prompt) :] if token != 256] == found
+
+
+def test_of_a_prompt_that_fills_the_context_the_end_is_read(yulan: Decoder) -> None:
+    short = KEYS | {"context": 8}
+    assert generate(yulan, PROMPTS[2], **short) == generate(yulan, PROMPTS[2][-4:], **short)
+    assert len(generate(yulan, PROMPTS[2], **short)) == 4
 
 
 def test_a_continuation_ends_at_the_end_of_text_and_where_the_context_is_full(yulan: Decoder) -> None:
@@ -82,7 +94,7 @@ def test_a_continuation_ends_at_the_end_of_text_and_where_the_context_is_full(yu
         PROMPTS,
         DRAWN,
         **KEYS | {"eos_id": eos_id, "context": 20},
-        each=lambda row, token: tokens[row].append(token),
+        goes_on=lambda row, ids: tokens[row].append(ids[-1]) or True,
         speed=speed,
     )
     for prompt, ids, continuation, seen in zip(PROMPTS, free, found, tokens, strict=True):

@@ -129,7 +129,8 @@ def test_the_package_is_read_in_place(package: Path) -> None:
     assert items("winogrande") == [Choice("0", ("Ann a", "Ann b"), (" left.",) * 2, 1)]
     assert items("lambada") == [Cloze("0", "I see", " you")]
     assert items("gsm8k") == [Answer("0", "q", ("\n\n",), 7, ("18",))]
-    assert items("math_500") == [Answer("0", "q", ("\n\n",), 7, (r"\frac{1}{2}",))]
+    ends = ("Problem:", "I hope it is correct.")  # a solution may hold a blank line
+    assert items("math_500") == [Answer("0", "q", ends, 7, (r"\frac{1}{2}",))]
     assert items("copa") == [Choice("0", ("It rained therefore",) * 2, (" the street got wet.", " i sang."), 0)]
     (humaneval,) = items("humaneval")
     assert humaneval.context == humaneval.prefix == "def f():\n" and "\ndef" in humaneval.stop

@@ -97,5 +97,5 @@ def test_no_processes_and_no_sockets() -> None:
 
 def test_without_landlock_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
-    with pytest.raises(UserError, match="--execute-code: this system cannot keep a program from writing"):
+    with pytest.raises(UserError, match="this system cannot keep programs that a model writes from writing"):
         check_sandbox()

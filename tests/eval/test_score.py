@@ -74,12 +74,11 @@ def direct(run: Path) -> Any:
 
     @torch.no_grad()
     def perplexity(ids: list[int], context: int = CONTEXT) -> float:
-        total, before = 0.0, EOS
-        for start in range(0, len(ids), context):
-            window = ids[start : start + context]
-            logits = decoder(torch.tensor([[before, *window[:-1]]]))[0]
-            total += float(-logits.log_softmax(-1)[range(len(window)), window].sum())
-            before = window[-1]
+        total, whole = 0.0, [EOS, *ids]
+        for start in range(1, len(whole), context):
+            end = min(start + context, len(whole))
+            logits = decoder(torch.tensor([whole[max(0, end - 1 - context) : end - 1]]))[0, start - end :]
+            total += float(-logits.log_softmax(-1)[range(end - start), whole[start:end]].sum())
         return math.exp(total / len(ids))
 
     return perplexity
@@ -123,7 +122,7 @@ def test_what_no_perplexity_can_be_given_for(decoder: Decoder) -> None:
     assert results[0] == "token id 257 is outside the vocabulary of 257" and isinstance(results[1], dict)
     broken = Decoder(decoder.config)
     broken.load_state_dict({name: value * math.nan for name, value in decoder.state_dict().items()})
-    with pytest.raises(RunError, match="the model gives a loss of nan"):
+    with pytest.raises(RunError, match="the model gives a log-likelihood of nan"):
         Scorer(broken, BYTES, CONTEXT, 64)([Document((("a", True),))])
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from titan_yulan.monitor import metrics
-from titan_yulan.monitor.metrics import Board, JsonLines, read_lines, read_status, write_atomically, write_status
+from titan_yulan.monitor.board import TensorBoard
+from titan_yulan.monitor.metrics import JsonLines, read_lines, read_status, write_atomically, write_status
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_curves_are_not_doubled_after_a_resume(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, value in ((1, 6, 0.0), (4, 8, 1.0)):  # killed after step 6, resumed from step 3
-        board = Board(tmp_path, first - 1)
+        board = TensorBoard(tmp_path, first - 1, ["code"])
         for step in range(first, last + 1):
             board.scalars(step, {"loss/train": value})
         board.flush()

@@ -163,7 +163,7 @@ def test_a_full_disk_is_kept_for_the_trainer(tmp_path: Path, monkeypatch: pytest
     def full(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(recorder._metrics, "write", full)
+    monkeypatch.setattr(recorder._lines["metrics"], "write", full)
     recorder.record(1, values(), 0.0)
     assert recorder.flush() is not None
     assert recorder.failure is not None and "full" in recorder.failure

@@ -215,7 +215,7 @@ def check_hugging_face(config: RunConfig, folder: HuggingFaceFolder, allow_chang
 def _check_model(config: RunConfig, folder: HuggingFaceFolder, allow_changes: Collection[str]) -> None:
     theirs, ours = _function_of(folder.model), _function_of(config.model)
     # a phase that names its own base has decided the change
-    decided = {"rope_theta"} if config.phases[0].rope_theta else set()
+    decided = {"rope_theta"} if config.phases[config.first_phase].rope_theta else set()
     lines = [
         f"{key} = {toml_value(value)}  # found {toml_value(ours[key])}"
         for key, value in theirs.items()

@@ -30,12 +30,11 @@ from titan_yulan.checkpoint.files import HashingWriter
 from titan_yulan.checkpoint.hugging_face import EMBEDDING, HuggingFaceFolder, StoredTensor, parameter_shapes
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face, opened
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState
-from titan_yulan.checkpoint.resume import check_published, is_published, open_published
+from titan_yulan.checkpoint.published import check_published, is_published, open_published, plan_from
 from titan_yulan.checkpoint.universal import UniversalFolder
 from titan_yulan.checkpoint.universal_state import read_step
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.position import Position
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 
@@ -58,8 +57,9 @@ def import_checkpoint(
 
     Args:
         source: a folder of Hugging Face or DeepSpeed, as for `[phase] start_from`.
-        config: of the run; `[model]` must be this model, `[tokenizer]` its vocabulary, the first phase the one that is
-            to be trained from here. `[run] name` and `output_dir` become those of `output`.
+        config: of the run; `[model]` must be this model, `[tokenizer]` its vocabulary, its phase the one that is to be
+            trained from here (phases before it count as trained: `published.py`). `[run] name` and `output_dir` become
+            those of `output`.
         allow_changes: keys such as `model.rms_norm_eps` that may differ.
         report: gets lines about what is done.
 
@@ -67,24 +67,24 @@ def import_checkpoint(
         UserError: the folder or its model is not what the configuration says, or the output is taken.
         RunError: a file cannot be read or written; what was begun is removed.
     """
-    _check_output(config, output)
+    _check_output(output)
     if not is_published(source):
         raise UserError(f"--from: {source} is no folder of Hugging Face (config.json) or DeepSpeed (latest_universal)")
     config = replace(config, run=replace(config.run, name=output.name, output_dir=str(output.parent)))
     published = open_published(source)
-    for line in check_published(config, published, allow_changes):
+    for line in check_published(config, published, config.first_phase, allow_changes):
         report(line)
     weights = published.weights if isinstance(published, UniversalFolder) else published
-    theta = config.phases[0].rope_theta
+    state = _state(config, published)
+    theta = next(phase.rope_theta for phase in config.phases if phase.name == state.phase)
     if theta and theta != weights.model.rope_theta:
         report(
-            f"note: phase {config.phases[0].name!r} sets rope_theta = {theta:g}, the folder has "
+            f"note: phase {state.phase!r} sets rope_theta = {theta:g}, the folder has "
             f"{weights.model.rope_theta:g}: eval, generate and export of this checkpoint use the phase's; leave the key"
             " out to have the model as it was published"
         )
     if config.model.tie_word_embeddings:  # a head that is there as well must be the embedding
         load_hugging_face(weights, {EMBEDDING: torch.empty(weights.tensors[EMBEDDING].shape)})
-    state = _state(config, published)
     path = layout.step_folder(output / "checkpoints", state.step)
     layout.remove_leftovers(path.parent)  # of an import that was killed
     _write(path, _readers(published, parameter_shapes(config.model)), state, configuration.to_toml(config))
@@ -93,16 +93,11 @@ def import_checkpoint(
     return Checkpoint(path, state.step)
 
 
-def _check_output(config: RunConfig, output: Path) -> None:
+def _check_output(output: Path) -> None:
     if refusal := refuse_address(str(output)):
         raise UserError(f"--output: {refusal}")
     if layout.find_checkpoints(output / "checkpoints"):
         raise UserError(f"--output: {output} has checkpoints already; name a new run folder")
-    if config.first_phase:
-        raise UserError(
-            f"--config: phase {config.phases[config.first_phase].name!r} comes after others, and this model is to "
-            "begin with it; add --phase.after="
-        )
 
 
 def _state(config: RunConfig, published: HuggingFaceFolder | UniversalFolder) -> TrainerState:
@@ -112,18 +107,17 @@ def _state(config: RunConfig, published: HuggingFaceFolder | UniversalFolder) ->
             f"tokenizer.path: {config.tokenizer.path} has {tokenizer.vocab_size} entries and the model "
             f"{config.model.vocab_size}: it was not trained with this vocabulary; name its own"
         )
-    known = isinstance(published, UniversalFolder)
-    position = published.progress.position(config) if known else Position(0, 0, 0)
-    tapes = dict.fromkeys(config.data.sources, 0)
+    plan = plan_from(config, published.path, config.first_phase)
+    origin, start = plan.phases[0], plan.phases[config.first_phase]
     return TrainerState(
-        **asdict(position),
-        phase=config.phases[0].name,
-        phase_finished=False,
-        tapes=tapes,
+        **asdict(start.start),
+        phase=plan.phases[max(start.index - 1, 0)].name,
+        phase_finished=start.index > 0,
+        tapes=dict(zip(plan.sources, start.tape_start, strict=True)),
         sources={},
         tokenizer=tokenizer.fingerprint,
         versions={"torch": torch.__version__, "python": platform.python_version()},
-        origin={**asdict(position), "tapes": tapes},
+        origin={**asdict(origin.start), "tapes": dict(zip(plan.sources, origin.tape_start, strict=True))},
     )
 
 

@@ -9,22 +9,8 @@ from pathlib import Path
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout
-from titan_yulan.checkpoint.exported_state import has_state, open_exported_state, read_exported_progress
-from titan_yulan.checkpoint.hugging_face import (
-    HuggingFaceFolder,
-    check_hugging_face,
-    is_hugging_face,
-    open_hugging_face,
-)
 from titan_yulan.checkpoint.layout import Checkpoint
-from titan_yulan.checkpoint.universal import (
-    Progress,
-    UniversalFolder,
-    check_universal,
-    is_universal,
-    open_universal,
-    read_progress,
-)
+from titan_yulan.checkpoint.published import check_published, is_published, open_published, plan_from
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import dotted
 from titan_yulan.config.sections import RunConfig
@@ -89,19 +75,37 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.output_dir) / config.run.name
 
 
+def starting_phase(config: RunConfig) -> int:
+    """Index of the phase whose `start_from` a run begins from, if any says it: the one that is to begin, which takes
+    the phases before as trained by others, else the very first."""
+    return config.first_phase if config.phases[config.first_phase].start_from else 0
+
+
 def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     """The plan of a run: from its own origin if it has a checkpoint, else from where the checkpoint of `start_from` was
-    (a state of DeepSpeed or an exported one has a place too, with tapes unread; weights alone have none, nor has what
-    is still to come), else from zero."""
-    start_from = config.phases[0].start_from
+    (a state of DeepSpeed or an exported one has a place too, weights alone have none, nor has what is still to come),
+    else from zero.
+
+    Raises:
+        UserError: `start_from` is not at the end of the phases before the one that is to begin.
+    """
+    first_phase = starting_phase(config)
+    start_from = config.phases[first_phase].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
         plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
     elif is_published(start_from):
-        progress = published_progress(start_from)
-        plan = Plan(config, progress.position(config) if progress else Position(0, 0, 0))
+        try:
+            plan = plan_from(config, start_from, first_phase)
+        except UserError as error:
+            raise UserError(f"phase.start_from: {error}") from error
     elif start_from and Path(start_from).exists():
         state = layout.open_checkpoint(Path(start_from)).state()
+        if first_phase:
+            raise UserError(
+                f"phase.start_from: {start_from} knows its own place and has no use for the phases before; add "
+                "--phase.after="
+            )
         plan = Plan(config, Position(state.step, state.row, state.token), state.tapes)
     else:
         plan = Plan(config)
@@ -178,7 +182,7 @@ def check_resume(
                 f"{run_folder(config)} holds no checkpoint. Train the phases before it there first, or set "
                 f"phase.start_from to a checkpoint to begin from"
             )
-        return Resume(plan.phases[0].start.step, False, [])
+        return Resume(plan.phases[starting_phase(config)].start.step, False, [])
     state = checkpoint.state()
     saved = configuration.load(checkpoint.path / layout.CONFIG).config
     notices = _check_changes(config, saved, state.phase, allow_changes, checkpoint)
@@ -244,7 +248,8 @@ def _check_changes(
         )
         if _matches(difference.key, _FREE) or difference.key in allowed or other_source or past_layout:
             continue
-        if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
+        no_start = difference.key.endswith(".start_from") and difference.new in (None, '""')
+        if not no_start and _frozen(difference.key, done, phase, {section.name for section in config.phases}):
             refused.append(line)
         else:
             notices.append(f"changed since step {checkpoint.step}: {line}")
@@ -277,46 +282,6 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     return name in done or (name == current and _matches(rest, _FROZEN_CURRENT))
 
 
-def is_published(path: str | Path) -> bool:
-    """Whether `[phase] start_from` names a folder in a format of others (told by what is in it), not of ours."""
-    return is_universal(path) or is_hugging_face(path)
-
-
-def open_published(path: str | Path) -> HuggingFaceFolder | UniversalFolder:
-    """Such a folder, with what its files hold; moments are read where there are any.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    if is_universal(path):
-        return open_universal(path)
-    return open_exported_state(path) if has_state(path) else open_hugging_face(path)
-
-
-def published_progress(path: str | Path) -> Progress | None:
-    """How far the state in such a folder was trained; None: it holds weights alone.
-
-    Raises:
-        UserError: its counters cannot be read.
-    """
-    if is_universal(path):
-        return read_progress(path)
-    return read_exported_progress(path) if has_state(path) else None
-
-
-def check_published(
-    config: RunConfig, folder: HuggingFaceFolder | UniversalFolder, allow_changes: Collection[str] = ()
-) -> list[str]:
-    """What `open_published` found must be of the model of `[model]`; returns lines to print.
-
-    Raises:
-        UserError: listing every difference.
-    """
-    if isinstance(folder, UniversalFolder):
-        return check_universal(config, folder, allow_changes)
-    return check_hugging_face(config, folder, allow_changes)
-
-
 def trained_tokenizer(checkpoint: Checkpoint, config: RunConfig) -> Tokenizer:
     """The tokenizer of the text that a checkpoint was trained on; `config` is its configuration.
 
@@ -337,7 +302,8 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
     Raises:
         UserError: it is not; RunError among them where there is no complete checkpoint.
     """
-    start_from = config.phases[0].start_from
+    first_phase = starting_phase(config)
+    start_from = config.phases[first_phase].start_from
     if refusal := refuse_address(start_from):
         raise UserError(f"phase.start_from: {refusal}")
     if start_from and not Path(start_from).exists():
@@ -347,7 +313,7 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
         )
     if is_published(start_from):
         try:
-            return check_published(config, open_published(start_from), allow_changes)
+            return check_published(config, open_published(start_from), first_phase, allow_changes)
         except UserError as error:
             raise UserError(f"phase.start_from: {error}") from error
     if start_from:

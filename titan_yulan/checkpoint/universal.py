@@ -43,7 +43,7 @@ from titan_yulan.errors import UserError
 
 LATEST = "latest_universal"
 _TENSORS = "zero"
-_TRAINER = "trainer_state.json"
+TRAINER = "trainer_state.json"
 WEIGHT, MOMENTS, STEP = "fp32", ("exp_avg", "exp_avg_sq"), "step"
 _WRAPPED = "param"  # the key of the tensor, where a file holds a dictionary
 
@@ -103,11 +103,11 @@ def read_progress(path: str | Path) -> Progress:
     root, states = _places(Path(path))
     found = re.search(r"global_step(\d+)", states.name)
     named = int(found[1]) if found else None
-    trainer = read_json(root / _TRAINER) if (root / _TRAINER).is_file() else {}
+    trainer = read_json(root / TRAINER) if (root / TRAINER).is_file() else {}
     step = trainer.get("global_step", named)
     if not isinstance(step, int) or step < 0 or (named is not None and step not in (0, named)):
         raise UserError(
-            f"{root / _TRAINER} says global_step {trainer.get('global_step')}, and the states are in {states}: take "
+            f"{root / TRAINER} says global_step {trainer.get('global_step')}, and the states are in {states}: take "
             "files of one step, or write into that file which step it is"
         )
     config = read_json(root / CONFIG) if (root / CONFIG).is_file() else {}
@@ -182,14 +182,4 @@ def check_universal(config: RunConfig, folder: UniversalFolder, allow_changes: C
     notices = check_hugging_face(config, folder.weights, allow_changes)
     for moment in folder.moments.values():
         check_tensors(moment, folder.weights.model)
-    progress, place = folder.progress, folder.progress.position(config)
-    epoch = f", epoch {progress.epoch:g}" if progress.epoch else ""
-    began = f", {progress.trained - progress.phase_began:,} after its phase began" if progress.phase_began else ""
-    known = "in batches of this run's first phase" if progress.tokens is None else "as its trainer counted"
-    lines = [
-        f"{folder.path} holds the state of an optimizer after {progress.trained:,} steps{epoch}{began}. The run begins "
-        f"with it at step {progress.step:,}, token {place.token:,} ({known}), with all sources unread"
-    ]
-    if progress.step == 0 < progress.trained:
-        lines += [f"note: {_TRAINER} there says global_step 0; without that file, steps are counted on"]
-    return lines + notices
+    return notices

@@ -66,6 +66,9 @@ class Mixture:
 
     def _locate(self, row: int) -> int:
         """The window that holds `row`."""
+        cached = self._cached
+        if cached is not None and cached[1] <= row < cached[1] + len(cached[2]):
+            return cached[0]  # as nearly always: rows are asked for in their order
         j = row // _WINDOW
         while int(self._counts_below(j * float(_WINDOW)).sum()) > row:
             j -= 1

@@ -7,7 +7,6 @@ weight, so shapes are static. The loader has no state: it is built for a positio
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titan_yulan.data import hashing
 from titan_yulan.data.partition import micro_batches, rank_rows
 from titan_yulan.data.tape import Tape
 
@@ -73,23 +73,39 @@ class Batch:
 def read_rows(plan: RowPlan, tapes: Tapes, numbers: np.ndarray, size: int) -> Batch:
     """Read the rows `numbers` (consecutive, counted in the phase) and fill up with zero-weight rows to `size`."""
     length = plan.sequence_length + 1
-    tokens = np.zeros((size, length), dtype=np.int64)
-    document_ids = np.zeros((size, length), dtype=np.int64)
+    tokens, document_ids = np.empty((size, length), dtype=np.int64), np.empty((size, length), dtype=np.int64)
+    tokens[len(numbers) :], document_ids[len(numbers) :] = 0, 0
     loss_mask = np.ones((size, length), dtype=np.bool_)
     source = np.zeros(size, dtype=np.int64)
     position = np.full(size, -1, dtype=np.int64)
     weight = np.zeros(size, dtype=np.float32)
     if len(numbers):
         ids, starts = plan.rows(int(numbers[0]), int(numbers[-1]) + 1)
-        for i, (source_id, start) in enumerate(zip(ids.tolist(), starts.tolist(), strict=True)):
-            row = tapes[source_id].read(start, length)
-            tokens[i], document_ids[i] = row.tokens, row.document_ids
-            if row.loss_mask is not None:
-                loss_mask[i] = row.loss_mask
+        for rows, source_id, start in _stretches(ids, starts, plan.sequence_length):
+            piece = tapes[source_id].read(start, len(rows) * plan.sequence_length + 1)
+            for place, row in enumerate(rows):
+                part = slice(place * plan.sequence_length, place * plan.sequence_length + length)
+                tokens[row], document_ids[row] = piece.tokens[part], piece.document_ids[part]
+                if piece.loss_mask is not None:
+                    loss_mask[row] = piece.loss_mask[part]
         source[: len(numbers)] = ids
         position[: len(numbers)] = plan.first_row + numbers
         weight[: len(numbers)] = 1.0
     return Batch(*(torch.from_numpy(a) for a in (tokens, document_ids, loss_mask, source, position, weight)))
+
+
+def _stretches(ids: np.ndarray, starts: np.ndarray, length: int) -> Iterator[tuple[list[int], int, int]]:
+    """Rows that stand one behind the other on a tape, and so are read at once: (rows, source id, start of the first).
+    Of each source a batch has mostly one such stretch."""
+    rows: list[int] = []
+    stretch = -1, -1
+    for source, start, row in sorted(zip(ids.tolist(), starts.tolist(), range(len(ids)), strict=True)):
+        if (source, start) != (stretch[0], stretch[1] + len(rows) * length):
+            if rows:
+                yield rows, *stretch
+            rows, stretch = [], (source, start)
+        rows.append(row)
+    yield rows, *stretch
 
 
 class Loader:
@@ -161,46 +177,44 @@ class Prefetcher:
     _END = object()
 
     def __init__(self, items: Iterator, depth: int) -> None:
-        self._queue: queue.Queue = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
+        # two queues without a limit, which are one lock each in C, are faster than one with a limit in Python
+        self._items: queue.SimpleQueue = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an entry for each item that may be put
+        for _ in range(depth):
+            self._room.put(None)
+        self._stopped = False
         self._thread = threading.Thread(target=self._run, args=(items,), name="loader", daemon=True)
         self._thread.start()
 
     def _run(self, items: Iterator) -> None:
         try:
             for item in items:
-                if not self._put(item):
+                self._room.get()
+                if self._stopped:
                     return
-            self._put(self._END)
+                self._items.put(item)
+            self._items.put(self._END)
         except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: object) -> bool:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._items.put(error)
 
     def __next__(self):
-        item = self._queue.get()
+        item = self._items.get()
         if item is self._END or isinstance(item, BaseException):
-            self._queue.put(item)  # every later call ends the same way
+            self._items.put(item)  # every later call ends the same way
             if isinstance(item, BaseException):
                 raise item
             raise StopIteration
+        self._room.put(None)
         return item
 
     def __iter__(self):
         return self
 
     def close(self) -> None:
-        self._stopped.set()
+        self._stopped = True
+        self._room.put(None)
         self._thread.join()
-        with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(self._END)  # a consumer that still waits is told that this was all
+        self._items.put(self._END)  # a consumer that still waits is told that this was all
 
 
 def _signed(value: int) -> int:
@@ -225,6 +239,13 @@ def _mix(values: Tensor) -> Tensor:
 
 
 def fingerprint(tokens: Tensor) -> Tensor:
-    """`data.hashing.fingerprint` on a device: (rows, length) int64 -> (rows,) int64, the same 64 bits."""
+    """`data.hashing.fingerprint` of a tensor, where it is: (rows, length) int64 -> (rows,) int64, the same 64 bits."""
+    if tokens.device.type == "cpu":
+        return torch.from_numpy(hashing.fingerprint(tokens.numpy()).view(np.int64))
+    return fingerprint_on_device(tokens)
+
+
+def fingerprint_on_device(tokens: Tensor) -> Tensor:
+    """`fingerprint` by PyTorch's operators, for any device."""
     places = (torch.arange(tokens.shape[-1], device=tokens.device) + 1) * _POSITION
     return _mix(_mix((tokens + 1) * _GOLDEN + places).sum(-1))

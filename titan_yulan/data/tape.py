@@ -24,6 +24,7 @@ from titan_yulan.data import hashing
 from titan_yulan.data.source import Source
 
 _CACHED_SHARDS = 4
+_LONG_STRETCH = 150  # tokens in the mean, from which on a copy for each is faster than an index for every token
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Tape:
         self._ordered = source.ordered and not shuffle
         self.seed = seed
         self.length = source.tokens  # tokens of one epoch
+        self._documents = source.documents
         self._shard_tokens = np.array([shard.tokens for shard in source.shards], np.int64)
         self._shard_documents = np.array([shard.documents for shard in source.shards], np.int64)
         self._epochs: OrderedDict[int, _EpochLayout] = OrderedDict()
@@ -90,9 +92,11 @@ class Tape:
         """
         if start < 0 or count < 0:
             raise ValueError(f"cannot read {count} tokens from {start}")
-        tokens = np.empty(count, np.int32)
-        document_ids = np.empty(count, np.int64)
-        loss_mask = np.empty(count, bool) if self.source.has_loss_mask else None
+        masked = self.source.has_loss_mask
+        if not count:
+            empty = np.empty(0, bool) if masked else None
+            return TapeSlice(np.empty(0, np.int32), np.empty(0, np.int64), empty, start // self.length)
+        tokens, document_ids, loss_masks = [], [], []
         done = 0
         while done < count:
             epoch, place = divmod(start + done, self.length)
@@ -102,14 +106,15 @@ class Tape:
                 shard = self._shard_layout(epoch, int(layout.shards[slot]))
             first = place - int(layout.token_starts[slot])
             last = min(first + count - done, int(shard.starts[-1]))
-            end = done + last - first
-            stored, documents = _gather_places(shard, first, last)
-            tokens[done:end] = shard.tokens[stored]
-            document_ids[done:end] = documents + (epoch * self.source.documents + int(layout.document_starts[slot]))
-            if loss_mask is not None and shard.loss_mask is not None:
-                loss_mask[done:end] = shard.loss_mask[stored]
-            done = end
-        return TapeSlice(tokens, document_ids, loss_mask, start // self.length)
+            document, begins, lengths = _documents_between(shard, first, last)
+            tokens.append(_as_int32(_collect(shard.tokens, begins, lengths)))
+            document += epoch * self._documents + int(layout.document_starts[slot])
+            document_ids.append(np.repeat(np.arange(document, document + len(lengths)), lengths))
+            if shard.loss_mask is not None:
+                loss_masks.append(_collect(shard.loss_mask, begins, lengths))
+            done += last - first
+        loss_mask = _joined(loss_masks) if masked else None
+        return TapeSlice(_joined(tokens), _joined(document_ids), loss_mask, start // self.length)
 
     def _epoch_layout(self, epoch: int) -> _EpochLayout:
         layout = self._epochs.get(epoch)
@@ -154,17 +159,37 @@ def open_tape(config: RunConfig, name: str) -> Tape:
     return Tape(Source.open(Path(config.data.sources[name].path)), config.run.seed, shuffle)
 
 
-def _gather_places(shard: _ShardLayout, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stored places (last - first,) of tokens [first, last) of the epoch's order, and their documents' ordinals."""
+def _documents_between(shard: _ShardLayout, first: int, last: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The documents that hold tokens [first, last) of the epoch's order: number of the first one, and of the part of
+    each where it is stored and how long it is."""
     document = int(np.searchsorted(shard.starts, first, side="right")) - 1
     end_document = int(np.searchsorted(shard.starts, last, side="left"))
-    # Within a document, stored place and place in the order differ by a constant.
+    begins = shard.stored_starts[document:end_document].copy()
     lengths = np.minimum(shard.starts[document + 1 : end_document + 1], last)
     lengths[1:] -= shard.starts[document + 1 : end_document]
     lengths[0] -= first
-    shifts = shard.stored_starts[document:end_document] - shard.starts[document:end_document]
-    stored = np.repeat(shifts, lengths) + np.arange(first, last)
-    return stored, np.repeat(np.arange(document, end_document), lengths)
+    begins[0] += first - shard.starts[document]
+    return document, begins, lengths
+
+
+def _collect(stored: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Stretches of an array, one behind the other; long ones are copied each, short ones through an index of all."""
+    total = int(lengths.sum())
+    if total >= _LONG_STRETCH * len(lengths):
+        ends = begins + lengths
+        return np.concatenate([stored[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)])
+    places = np.repeat(begins - np.cumsum(lengths) + lengths, lengths)
+    places += np.arange(total)
+    return stored.take(places)  # faster than brackets
+
+
+def _as_int32(tokens: np.ndarray) -> np.ndarray:
+    """Stored ids, uint16 or uint32, as int32; no id has the highest bit."""
+    return tokens.view(np.int32) if tokens.itemsize == 4 else tokens.astype(np.int32)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

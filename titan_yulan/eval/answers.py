@@ -24,7 +24,10 @@ _LAYOUT = (
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<!\\)\\!\s*", ""),
     (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
-    (r"\^\s*\{?\\circ\}?|\\degree|°", ""),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""),
+    (r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\b\}?", ""),
+    (r"_\s*\{\s*(\w+)\s*\}", r"_\1"),
+    (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:le|leq|leqslant)(?![A-Za-z])", "<="),
     (r"\\(?:ge|geq|geqslant)(?![A-Za-z])", ">="),
@@ -34,12 +37,14 @@ _LAYOUT = (
     (r"\\(?:\$|%|#|&)|[$%]", ""),
     (r"\\\{", "{{"),
     (r"\\\}", "}}"),
-    (r"(?<=\d),(?=\d{3}(?!\d))(?!\s)", ""),
+    (r"\{,\}", ","),
+    (r"(?<=\d)(?:,|\s+)(?=\d{3}(?!\d))", ""),
 )
 # A measured number: the unit is not compared.
 _UNIT = re.compile(
-    r"(?<=[\d}])(?:\s*(?:degrees?|cm|mm|km|inch(?:es)?|feet|foot|ft|miles?|meters?|units?|square|cubic|hours?|minutes?|"
-    r"seconds?|days?|dollars?|cents?|mph|percent|pounds?|grams?|kg)\b|\s+(?:m|in)\b)+(?:\s*\^\s*\{?\d\}?)?\s*"
+    r"(?<=[\d}])(?:\s*(?:degrees?|cm|mm|km|inch(?:es)?|feet|foot|ft|yards?|miles?|meters?|units?|square|cubic|hours?|"
+    r"minutes?|seconds?|days?|weeks?|months?|years?|dollars?|cents?|mph|percent|pounds?|ounces?|grams?|kg|gallons?|"
+    r"liters?|per)\b|\s+(?:m|in)\b)+(?:\s*\^\s*\{?\d\}?)?\s*"
 )
 
 
@@ -91,9 +96,10 @@ def mathematical_answer(text: str) -> str | None:
 def equivalent(first: str, second: str) -> bool:
     """Whether two answers in LaTeX are the same.
 
-    Layout, spaces, units, dollar and percent signs, degrees, and a leading "x =" do not count. Lists, points,
-    intervals, sets and matrices must have equal brackets and equivalent entries (those of a set in any order). Equal
-    text is the same, whatever its case; so are formulas of equal value, for any values of their letters
+    Layout, spaces, units, dollar and percent signs, degrees, the ending of "5th", and a leading "x =" do not count.
+    Lists, points, intervals, sets and matrices must have equal brackets and equivalent entries (those of a set, and
+    the members of a union, in any order; a list may write two entries as one with a plus-minus sign). Equal text is the
+    same, whatever its case; so are whole numbers and formulas of equal value, for any values of their letters
     (`eval.formula`). Everything else differs.
     """
     left, right = _plain(first), _plain(second)
@@ -114,6 +120,8 @@ def _plain(text: str) -> str:
 def _same(left: str, right: str) -> bool:
     if _bare(left) == _bare(right):
         return True
+    if "\\cup" in left + right:
+        return _same_set(_pieces(left, r"\\cup"), _pieces(right, r"\\cup"))
     parts, others = _entries(left), _entries(right)
     if len(parts) > 1 or len(others) > 1 or _brackets(left) != _brackets(right):
         if len(parts) != len(others) or _brackets(left) != _brackets(right):
@@ -122,7 +130,13 @@ def _same(left: str, right: str) -> bool:
     if "=" in left and "=" in right and not re.search(r"[<>!]=", left + right):
         sides = [side.split("=") for side in (left, right)]
         return len(sides[0]) == len(sides[1]) and all(map(_same, *sides))
+    if all(re.fullmatch(r"-?\d+", side) for side in (left, right)):
+        return int(left) == int(right)  # to the last digit
     return same_value(left, right)
+
+
+def _pieces(text: str, separator: str) -> list[str]:
+    return [piece.strip() for piece in re.split(separator, text)]
 
 
 def _bare(text: str) -> str:
@@ -136,7 +150,7 @@ def _same_set(parts: list[str], others: list[str]) -> bool:
         if match is None:
             return False
         left.remove(match)
-    return True
+    return not left
 
 
 def _brackets(text: str) -> str:
@@ -151,7 +165,10 @@ def _brackets(text: str) -> str:
 def _entries(text: str) -> list[str]:
     brackets = _brackets(text)
     inner = text[2:-2] if brackets == "{}" else text[1:-1] if brackets else text
-    return [entry.strip() for entry in _split(inner)]
+    entries = [entry.strip() for entry in _split(inner)]
+    if brackets not in ("", "{}"):
+        return entries
+    return [entry.replace("\\pm", sign) for entry in entries for sign in ("+-" if "\\pm" in entry else "+")]
 
 
 def _split(text: str) -> list[str]:

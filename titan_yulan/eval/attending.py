@@ -1,6 +1,8 @@
-"""Another way to attend, for some forward passes of a decoder that no two ranks share.
+"""Another way to attend, for some forward passes of a decoder.
 
-The decoder is written once, for rows of one sequence; where it attends it asks a `Sharding`.
+The decoder is written once, for rows of one sequence; where it attends it asks a `Sharding`. Those of this kind leave
+to the decoder's own what tensor-parallel ranks exchange. Context-parallel ranks do not cut these rows: each computes
+all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,25 @@ from titan_yulan.model.attend import attend
 from titan_yulan.model.sharding import Sharding
 
 
-class Branches(Sharding):
+class WholeRows(Sharding):
+    """Attends as a decoder does by itself, with rows that are not cut; `ranks`: the decoder's own sharding."""
+
+    ranks = Sharding()
+
+    def embed(self, input_ids: Tensor, weight: Tensor) -> Tensor:
+        return self.ranks.embed(input_ids, weight)
+
+    def gather_sequence(self, x: Tensor, length: int) -> Tensor:
+        return self.ranks.gather_sequence(x, length)
+
+    def reduce_scatter_sequence(self, x: Tensor) -> Tensor:
+        return self.ranks.reduce_scatter_sequence(x)
+
+    def gather_vocabulary(self, logits: Tensor) -> Tensor:
+        return self.ranks.gather_vocabulary(logits)
+
+
+class Branches(WholeRows):
     """Rows of one beginning and several branches after it, which do not see one another."""
 
     def __init__(self, branches: Tensor) -> None:
@@ -30,16 +50,13 @@ class Branches(Sharding):
         return attend(query, key, value, scale, self._mask, causal=False)
 
 
-def is_whole(decoder: Decoder) -> bool:
-    """Whether no two ranks share the decoder."""
-    return type(decoder.model.sharding) is Sharding
-
-
 @contextmanager
-def attending(decoder: Decoder, by: Sharding) -> Iterator[None]:
+def attending(decoder: Decoder, by: WholeRows) -> Iterator[None]:
     """Within this context the decoder attends by `by`."""
-    before, decoder.model.sharding = decoder.model.sharding, by
+    own = decoder.model.sharding
+    by.ranks, by.tensor_rank = own, own.tensor_rank
+    decoder.model.sharding = by
     try:
         yield
     finally:
-        decoder.model.sharding = before
+        decoder.model.sharding = own

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from titan_yulan.eval.attending import WholeRows
 from titan_yulan.model.attend import attend
-from titan_yulan.model.sharding import Sharding
 
 
-class KeyValueCache(Sharding):
-    """Attends to all that was read before, too; of a decoder that no two ranks share."""
+class KeyValueCache(WholeRows):
+    """Attends to all that was read before, too. Tensor-parallel ranks keep the keys and values of their own heads."""
 
     def __init__(self, pads: Sequence[int], length: int, device: torch.device) -> None:
         """

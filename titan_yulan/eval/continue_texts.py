@@ -127,7 +127,7 @@ def _write_all(
             context=context,
             eos_id=model.tokenizer.eos_id,
             vocab_size=model.tokenizer.vocab_size,
-            each=lambda row, token, streams=streams: streams[row].add(token),
+            goes_on=lambda row, ids, streams=streams: streams[row].add(ids[-1]) or True,
             speed=speed,
         )
         for i, stream, continuation in zip(batch, streams, written, strict=True):

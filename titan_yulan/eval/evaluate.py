@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
-from titan_yulan.data.report import Say
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.answers import grade
+from titan_yulan.eval.check import check_works
 from titan_yulan.eval.find_work import Work
 from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair
 from titan_yulan.eval.metrics import Numbers, choice_numbers, cloze_numbers, means, text_numbers
-from titan_yulan.eval.requests import Answer, Choice, Cloze, Code, Generation, Text
-from titan_yulan.eval.sandbox import Outcome, check_sandbox, run_program
+from titan_yulan.eval.requests import Answer, Choice, Cloze, Code, Generation, Text, shortened
+from titan_yulan.eval.sandbox import Outcome, run_program
 from titan_yulan.eval.share import Share
-from titan_yulan.eval.write import Writer
+from titan_yulan.eval.write import Writer, Written
 from titan_yulan.model import Decoder
 
-T = TypeVar("T")
-
-_SAY_EVERY = 5.0  # seconds between progress lines
+_PROGRAMS = 8  # that one rank runs before it tells how far it is
 
 
 @dataclass(frozen=True)
@@ -62,53 +61,32 @@ class Evaluator:
         context: int,
         batch_tokens: int = 16384,
         share: Share | None = None,
-        say: Say = lambda line: None,
+        progress: Callable[[str, int, int], None] = lambda task, done, total: None,
         max_new_tokens: int | None = None,
         execute_code: bool = False,
         device: torch.device | None = None,
-        between: Callable[[str], None] = lambda what: None,
     ) -> None:
         """
         Args:
-            decoder: in the types that it computes in; whole, where the model is to write.
+            decoder: in the types that it computes in; whole, or laid out over ranks.
             context: tokens of a row, at most.
             batch_tokens: tokens of a batch, padding included.
             share: how ranks share the work; None: there is one.
-            say: gets lines about the progress.
+            progress: called with a task, how much of it is done, and of how much; after every batch, and now and then
+                within a long one. Ranks that share the model call it equally often; it may raise to end the evaluation.
             max_new_tokens: lowers what requests may write; None: as they say.
             execute_code: run what the model writes, in the sandbox.
             device: that it computes on; None: that of its weights.
-            between: called after every batch, on all ranks alike; may raise to end the evaluation.
         """
-        self.tokenizer, self.context, self.say, self.between = tokenizer, context, say, between
+        self.tokenizer, self.context, self._progress = tokenizer, context, progress
         self.share = share or Share()
         self.max_new_tokens, self.execute_code = max_new_tokens, execute_code
         self._likelihoods = Likelihoods(decoder, context, batch_tokens, self.share, device)
-        self._write = Writer(decoder, tokenizer, context, batch_tokens, self.share)
+        self._write = Writer(decoder, tokenizer, context, batch_tokens, self.share, device)
 
     def check(self, works: Sequence[Work]) -> None:
-        """See that all tasks can be run.
-
-        Raises:
-            UserError: one would execute code, which was not asked for or cannot be done safely; or its requests do not
-                fit the model or the task.
-        """
-        programs = [work.task.name for work in works if work.task.kind == "code"]
-        if programs and not self.execute_code:
-            raise UserError(f"--tasks: {programs[0]} runs programs that the model writes; allow it with --execute-code")
-        if programs:
-            check_sandbox()
-        for work in works:
-            name = work.task.name
-            if work.task.generates:
-                self._write.check(self._shortened(cast(list[Generation], work.items)))
-            if work.tokenizer not in (None, self.tokenizer.fingerprint):
-                raise UserError(
-                    f"{name} holds ids of another tokenizer than this model's: name the text files instead of held_out"
-                )
-            choices = cast(list[Choice], work.items) if work.task.metric == "accuracy_pmi" else []
-            if any(item.unconditional is None for item in choices):
-                raise UserError(f"{name} is reported by accuracy_pmi: its requests need the key 'unconditional'")
+        """`check_works` for this model and what was asked for."""
+        check_works(works, self.tokenizer, self.context, self.max_new_tokens, self.execute_code)
 
     def __call__(self, work: Work) -> Result:
         """
@@ -166,21 +144,29 @@ class Evaluator:
 
     def _text(self, work: Work) -> tuple[Numbers, int]:
         items = cast(list[Text], work.items)
-        ids = [item.ids or self.tokenizer.encode(item.text) for item in items]
-        for item, part in zip(items, ids, strict=True):
-            if not part or max(part) >= self.tokenizer.vocab_size:
-                problem = "has token ids that the model's tokenizer does not have" if part else "has no token"
-                raise UserError(f"{work.task.name}: text {item.id} {problem}")
-        sizes = [
-            len((item.text or self.tokenizer.decode(part)).encode()) for item, part in zip(items, ids, strict=True)
+        texts = [item.ids or tuple(self.tokenizer.encode(item.text)) for item in items]
+        for item, ids in zip(items, texts, strict=True):
+            if not ids or max(ids) >= self.tokenizer.vocab_size:
+                problem = "has token ids that the model's tokenizer does not have" if ids else "has no token"
+                raise UserError(f"{work.task.name}: text {item.id} {problem}: leave it out, or prepare it again")
+        parts = [item.parts or ((0, len(ids)),) for item, ids in zip(items, texts, strict=True)]
+        spans = [
+            [Span((self.tokenizer.eos_id, *ids[:first]), ids[first:end]) for first, end in places]
+            for ids, places in zip(texts, parts, strict=True)
         ]
-        found = self._look_up(work, [Span([self.tokenizer.eos_id], part) for part in ids])
-        logprobs = [value.logprob for value in found]
-        return text_numbers([item.id for item in items], logprobs, [len(part) for part in ids], sizes), 0
+        sizes = [
+            len((item.text or "".join(self.tokenizer.decode(span.continuation) for span in part)).encode())
+            for item, part in zip(items, spans, strict=True)
+        ]
+        values = iter(self._look_up(work, [span for part in spans for span in part]))
+        found = [[next(values) for _ in part] for part in spans]
+        logprobs = [math.fsum(value.logprob for value in part) for part in found]
+        tokens = [sum(value.tokens for value in part) for part in found]
+        return text_numbers([item.id for item in items], logprobs, tokens, sizes), 0
 
     def _answer(self, work: Work) -> tuple[Numbers, int]:
         items = cast(list[Answer], work.items)
-        written = self._write(self._shortened(items), self._progress(work))
+        written = self._written(work)
         rows = [
             {"id": item.id, "written": text.text, "exact_match": grade(text.text, item.answers, work.task.answer)}
             for item, text in zip(items, written, strict=True)
@@ -190,14 +176,18 @@ class Evaluator:
     def _code(self, work: Work) -> tuple[Numbers, int]:
         self.check([work])
         items = cast(list[Code], work.items)
-        written = self._write(self._shortened(items), self._progress(work))
+        written = self._written(work)
         programs = [item.prefix + text.text + item.test for item, text in zip(items, written, strict=True)]
-        places = self.share.mine(range(len(items)))
+        tell = self._tell(work)
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
-            outcomes: dict[int, Outcome] = dict(
-                zip(places, pool.map(run_program, [programs[place] for place in places]), strict=True)
-            )
-        outcomes = self.share.merge(outcomes)
+
+            def run(places: Sequence[int]) -> dict[int, Outcome]:
+                outcomes = pool.map(run_program, [programs[place] for place in places])
+                tell(places[-1] + 1, len(programs))
+                return dict(zip(places, outcomes, strict=True))
+
+            numbers = range(len(programs))
+            outcomes = self.share.run([numbers[i : i + _PROGRAMS] for i in numbers[::_PROGRAMS]], run)
         rows = [
             {
                 "id": item.id,
@@ -209,24 +199,12 @@ class Evaluator:
         ]
         return means(rows, ["pass@1"]), sum(text.cut for text in written)
 
-    def _shortened(self, items: Sequence[Generation]) -> list[Generation]:
-        most = self.max_new_tokens
-        if most is None:
-            return list(items)
-        return [replace(item, max_new_tokens=min(most, item.max_new_tokens)) for item in items]
+    def _written(self, work: Work) -> list[Written]:
+        items = cast(list[Generation], work.items)
+        return self._write(shortened(items, self.max_new_tokens), self._tell(work))
 
     def _look_up(self, work: Work, spans: Sequence[Span]) -> list[Likelihood]:
-        return self._likelihoods(spans, self._progress(work))
+        return self._likelihoods(spans, self._tell(work))
 
-    def _progress(self, work: Work) -> Callable[[int, int], None]:
-        begin = said = time.perf_counter()
-
-        def say(done: int, total: int) -> None:
-            nonlocal said
-            self.between(work.task.name)
-            now = time.perf_counter()
-            if now - said >= _SAY_EVERY:
-                said = now
-                self.say(f"{work.task.name}: {done:,} of {total:,}, {done / (now - begin):,.1f} a second")
-
-        return say
+    def _tell(self, work: Work) -> Callable[[int, int], None]:
+        return lambda done, total: self._progress(work.task.name, done, total)

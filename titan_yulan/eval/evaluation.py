@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from titan_yulan.data.report import Say, say_now
 from titan_yulan.errors import UserError
 from titan_yulan.eval.evaluate import Evaluator
 from titan_yulan.eval.find_work import Work, find_work
+from titan_yulan.eval.finished import Finished
 from titan_yulan.eval.open_model import in_precision, open_device, open_model
+from titan_yulan.eval.progress import Progress
 from titan_yulan.eval.report import Report, write_reports
 from titan_yulan.eval.share import Share
 from titan_yulan.parallel import process
@@ -50,7 +53,7 @@ class Settings:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
         if not self.tasks:
-            raise UserError("--tasks names no task")
+            raise UserError("--tasks names no task: give names of docs/evaluation.md or files, with commas")
 
 
 def evaluate(run: Path, settings: Settings, say: Say = say_now) -> Report:
@@ -65,8 +68,9 @@ def evaluate(run: Path, settings: Settings, say: Say = say_now) -> Report:
     """
     with _Ranks(say) as ranks:
         works = find_work(settings.tasks, run, settings.requests, settings.limit)
-        report = _evaluate(run, "", works, settings, ranks)
-        ranks.close([report], settings)
+        finished = Finished(settings.output, ranks.share)
+        report = _evaluate(run, "", works, settings, ranks, finished)
+        ranks.report([report], settings, finished)
         return report
 
 
@@ -78,7 +82,10 @@ def evaluate_series(run: Path, settings: Settings, against: Path | None = None, 
     """
     ends = [checkpoint for checkpoint in find_checkpoints(run / "checkpoints") if checkpoint.state().phase_finished]
     if not ends:
-        raise UserError(f"{run} holds no checkpoint of the end of a phase")
+        raise UserError(
+            f"--series: {run} holds no checkpoint of the end of a phase: train to the end of one, or evaluate the "
+            "newest checkpoint with --run"
+        )
     models = [(checkpoint.path, checkpoint.state().phase) for checkpoint in ends]
     if against is not None:
         models.insert(0, (against, str(against)))
@@ -87,8 +94,9 @@ def evaluate_series(run: Path, settings: Settings, against: Path | None = None, 
         settings = replace(settings, context=min(lengths))
     with _Ranks(say) as ranks:
         works = find_work(settings.tasks, ends[-1].path, settings.requests, settings.limit)
-        reports = [_evaluate(path, phase, works, settings, ranks) for path, phase in models]
-        ranks.close(reports, settings, against is not None)
+        finished = Finished(settings.output, ranks.share)
+        reports = [_evaluate(path, phase, works, settings, ranks, finished) for path, phase in models]
+        ranks.report(reports, settings, finished, against is not None)
         return reports
 
 
@@ -98,12 +106,14 @@ def _sequence_length(checkpoint: Checkpoint) -> int:
     return next(phase.sequence_length for phase in phases if phase.name == checkpoint.state().phase)
 
 
-def _evaluate(run: Path, title: str, works: Sequence[Work], settings: Settings, ranks: _Ranks) -> Report:
+def _evaluate(
+    run: Path, title: str, works: Sequence[Work], settings: Settings, ranks: _Ranks, finished: Finished
+) -> Report:
     place = open_device(settings.device)
     model = open_model(run)
     context = model.context if settings.context is None else settings.context
     if context > model.longest:
-        raise UserError(f"--context must be at most {model.longest} for this model")
+        raise UserError(f"--context {context}: the model of {run} takes at most {model.longest} tokens")
     precision = settings.precision or model.precision
     decoder = in_precision(model.decoder, getattr(torch, precision), place)
     evaluator = Evaluator(
@@ -112,16 +122,26 @@ def _evaluate(run: Path, title: str, works: Sequence[Work], settings: Settings, 
         context,
         settings.batch_tokens,
         ranks.share,
-        ranks.say,
+        ranks.progress,
         settings.max_new_tokens,
         settings.execute_code,
     )
     evaluator.check(works)
+    facts = {"precision": precision, "context": context, "device": str(place), "limit": settings.limit}
+    more = {"batch_tokens": settings.batch_tokens, "max_new_tokens": settings.max_new_tokens}
     results = []
     for work in works:
-        ranks.say(f"{work.task.name}: {len(work.items):,} requests")
-        results.append(evaluator(work))
-    facts = {"precision": precision, "context": context, "device": str(place), "limit": settings.limit}
+        of = {"model": model.fingerprint, "task": work.task.name, "data": work.data, **facts, **more}
+        result = finished.find(of)
+        if result is not None:
+            ranks.progress.say(f"{work.task.name}: was finished before")
+        else:
+            ranks.progress.say(f"{work.task.name}: {len(work.items):,} requests")
+            result = evaluator(work)
+            finished.add(of, result)
+            value = result.metrics[result.metric]
+            ranks.progress.say(f"{work.task.name}: {result.metric} {value:.4f}, {result.seconds:,.1f} s")
+        results.append(result)
     return Report(title or str(run), str(run), model.fingerprint, facts, results)
 
 
@@ -130,7 +150,10 @@ class _Ranks:
 
     def __init__(self, say: Say) -> None:
         self._rank, self._size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.say = say if self._rank == 0 else lambda line: None
+        here = self._rank == 0
+        self.progress = Progress(
+            say if here else lambda line: None, sys.stderr if here and sys.stderr.isatty() else None
+        )
 
     def __enter__(self) -> _Ranks:
         self._began = self._size > 1 and not dist.is_initialized()
@@ -139,12 +162,14 @@ class _Ranks:
         self.share = Share(self._rank, self._size, dist.group.WORLD if self._size > 1 else None)
         return self
 
-    def close(self, reports: Sequence[Report], settings: Settings, against: bool = False) -> None:
+    def report(self, reports: Sequence[Report], settings: Settings, finished: Finished, against: bool = False) -> None:
         """Write and print what was found, once."""
         if self._rank == 0:
             for line in write_reports(reports, settings.output, against):
-                self.say(line)
+                self.progress.say(line)
+            finished.remove()
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self.progress.clear()
         if self._began and kind is None:  # after an error others may wait in a collective
             process.leave()

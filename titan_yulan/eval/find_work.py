@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint.hugging_face import is_hugging_face
 from titan_yulan.checkpoint.layout import CONFIG, hash_file, open_checkpoint
@@ -132,12 +134,21 @@ def _documents(source: Source, limit: int | None) -> list[Item]:
     items: list[Item] = []
     for shard in range(len(source.shards)):
         tokens, offsets = source.shard_tokens(shard), source.shard_offsets(shard)
+        targets = source.shard_loss_mask(shard)
         for start, end in pairwise(offsets.tolist()):
             if limit is not None and len(items) >= limit:
                 return items
-            if end - start > 1:  # besides end of text
-                items.append(Text(f"{shard}:{start}", "", tuple(tokens[start : end - 1].tolist())))
+            ids = tuple(tokens[start : end - 1].tolist())  # besides end of text
+            parts = None if targets is None else _runs(targets[start : end - 1])
+            if ids and parts != ():
+                items.append(Text(f"{shard}:{start}", "", ids, parts))
     return items
+
+
+def _runs(mask: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Where each stretch of true values begins and ends."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return tuple((int(first), int(end)) for first, end in edges.reshape(-1, 2))
 
 
 def _hash(files: Sequence[Path]) -> str:

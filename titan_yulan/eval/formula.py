@@ -1,7 +1,7 @@
 """Formulas in a little LaTeX, by their values.
 
     sum      = product (("+" | "-") product)*
-    product  = power (["*" | "/"] power)*                  a sign of multiplication may be left out
+    product  = power (["*" | "/"] power)*         a sign of multiplication may be left out, but not between two numbers
     power    = ("+" | "-") power | atom ["!"] ["^" power]
     atom     = number | letter | \\pi | \\frac g g | \\sqrt [ "[" sum "]" ] g | \\f power | "(" sum ")" | "{" sum "}"
 
@@ -55,6 +55,7 @@ class _Formula:
 
     def __init__(self, text: str, seed: float) -> None:
         self.seed = seed
+        self.last = ""  # the token taken
         self.tokens: list[str] = []
         place = 0
         text = text.strip()
@@ -78,7 +79,8 @@ class _Formula:
     def _take(self, token: str = "") -> str:
         if not self.tokens or (token and self.tokens[-1] != token):
             raise _Unreadable
-        return self.tokens.pop()
+        self.last = self.tokens.pop()
+        return self.last
 
     def _sum(self) -> complex:
         total = self._product()
@@ -95,6 +97,8 @@ class _Formula:
             else:
                 if self._next() == "*":
                     self._take()
+                elif self._next()[0].isdigit() and self.last[0].isdigit():
+                    raise _Unreadable  # two numbers side by side are no product
                 result *= self._power()
         return result
 

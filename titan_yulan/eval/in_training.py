@@ -10,6 +10,7 @@ import torch
 from titan_yulan.config.sections import EvalSection
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
+from titan_yulan.eval.check import check_works
 from titan_yulan.eval.evaluate import Evaluator, Result
 from titan_yulan.eval.find_work import find_work
 from titan_yulan.eval.share import Share
@@ -20,7 +21,7 @@ from titan_yulan.parallel.process import World
 
 
 class TaskEvaluation:
-    """The requests, read once. Nothing random is drawn, and the model is only read."""
+    """The requests, read once. No random state is touched, and the model is only read."""
 
     def __init__(self, section: EvalSection, tokenizer: Tokenizer, context: int) -> None:
         """
@@ -28,18 +29,14 @@ class TaskEvaluation:
             context: tokens of a row, at most, in all phases alike, so that their numbers can be compared.
 
         Raises:
-            UserError: a task is unknown, has no requests, or is none that can be evaluated in training.
+            UserError: a task is unknown, has no requests, or cannot be run (`check_works`).
         """
         if HELD_OUT in section.tasks:
             raise UserError(f"eval.tasks: {HELD_OUT} is measured by [eval] every already; leave it out")
         folder = Path(section.requests) if section.requests else None
         self._works = find_work(section.tasks, Path(), folder, section.task_limit)
-        if writing := [work.task.name for work in self._works if work.task.generates]:
-            raise UserError(
-                f"eval.tasks: {writing[0]} lets the model write, which needs the whole model on every rank: evaluate "
-                "it with 'titan-yulan eval'"
-            )
-        self._tokenizer, self._context = tokenizer, context
+        check_works(self._works, tokenizer, context, section.task_new_tokens, section.execute_programs)
+        self._section, self._tokenizer, self._context = section, tokenizer, context
 
     @torch.no_grad()
     def __call__(
@@ -49,11 +46,18 @@ class TaskEvaluation:
 
         Args:
             batch_tokens: tokens of a batch of one rank.
-            between: called after every batch, on all ranks alike; may raise to end the evaluation.
+            between: called after every batch, and now and then while one is written, on all ranks alike; may raise to
+                end the evaluation.
         """
-        share = Share(mesh.data_rank, mesh.data_size, world.host)
         evaluator = Evaluator(
-            decoder, self._tokenizer, self._context, batch_tokens, share, device=world.device, between=between
+            decoder,
+            self._tokenizer,
+            self._context,
+            batch_tokens,
+            Share(mesh.data_rank, mesh.data_size, world.host, together=True),
+            progress=lambda task, done, total: between(task),
+            max_new_tokens=self._section.task_new_tokens,
+            execute_code=self._section.execute_programs,
+            device=world.device,
         )
-        evaluator.check(self._works)
         return [evaluator(work) for work in self._works]

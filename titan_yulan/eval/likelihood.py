@@ -4,11 +4,11 @@
 
 Only the places that predict a continuation's tokens go through the output head, some thousand at a time; the logits
 of a whole batch never exist. Continuations of the same context, such as the choices of one question, share a row: the
-context is read once, and behind it the continuations, which do not see one another. Where ranks share the model, which
-knows only rows of one sequence, that is so for continuations of one token.
+context is read once, and behind it the continuations, which do not see one another. One that is longer than its
+context, where that would spare little, has a row of its own.
 
-A continuation that is longer than the model reads is cut into windows that do not overlap, the last of which reads as
-far back as it can.
+A continuation that is longer than the model reads is cut into windows whose predictions do not overlap, the last of
+which reads as far back as it can.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.eval.attending import Branches, attending, is_whole
+from titan_yulan.eval.attending import Branches, attending
 from titan_yulan.eval.batches import batches_of
 from titan_yulan.eval.share import Share
 from titan_yulan.model import Decoder
@@ -167,13 +167,13 @@ class Likelihoods:
         return [found[place] for place in range(len(spans))]
 
     def _rows(self, spans: Sequence[Span]) -> list[_Row]:
-        whole, rows = is_whole(self.decoder), []
+        rows: list[_Row] = []
         last: dict[tuple[int, ...], _Row] = {}
         for place, span in enumerate(spans):
             own = len(span.continuation) - 1  # its last token is only predicted
             context = tuple(span.context[own - self.context :])
             row = last.get(context)
-            if row is None or (own and (len(row.tokens) + own > self.context or (row.count and not whole))):
+            if row is None or (own and (len(row.tokens) + own > self.context or own > len(context))):
                 row = last[context] = _Row(context)
                 rows.append(row)
             row.add(place, span.continuation)
@@ -182,15 +182,15 @@ class Likelihoods:
     @torch.no_grad()
     def _batch(self, rows: Sequence[_Row], spans: Sequence[Span]) -> dict[int, tuple[float, bool]]:
         """Log-likelihood and greediness by place in `spans`."""
-        sharding = self.decoder.model.sharding
-        length = len(rows[0].tokens) + -len(rows[0].tokens) % sharding.length_multiple
+        length = len(rows[0].tokens) + -len(rows[0].tokens) % self.decoder.model.sharding.length_multiple
         asked = [place for row in rows for place in row.places]
         where = [number * length + place for number, row in enumerate(rows) for place in row.wanted]
         targets = [token for place in asked for token in spans[place].continuation]
         wanted, tokens = torch.tensor(where, device=self.device), torch.tensor(targets, device=self.device)
 
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
-            return self._look_up(sharding.join_context(hidden).flatten(0, 1), weight, wanted, tokens)
+            whole = self.decoder.model.sharding.join_context(hidden)
+            return self._look_up(whole.flatten(0, 1), weight, wanted, tokens)
 
         with torch.compiler.set_stance("force_eager"):  # compiled, every length would be a graph of its own
             found = self._forward(rows, length, head).cpu()

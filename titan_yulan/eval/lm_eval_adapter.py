@@ -57,9 +57,10 @@ class TitanYulan(LM):
         return [(value.logprob, value.greedy) for value in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Log-likelihood of each whole text."""
-        ids = [self.tokenizer.encode(request.args[0]) for request in requests]
-        return [value.logprob for value in self._likelihoods([Span([self.tokenizer.eos_id], part) for part in ids])]
+        """Log-likelihood of each whole text; that of a text without a token is 0, as in lm-eval's own hf model."""
+        texts = [self.tokenizer.encode(request.args[0]) for request in requests]
+        found = iter(self._likelihoods([Span([self.tokenizer.eos_id], ids) for ids in texts if ids]))
+        return [next(found).logprob if ids else 0.0 for ids in texts]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """What is written after each context, up to a stop; sampling is refused.

@@ -17,7 +17,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,14 @@ class Cloze:
 
 @dataclass(frozen=True)
 class Text:
-    """How likely is a text? `ids` are its tokens where they are already known."""
+    """How likely is a text? `ids` are its tokens where they are already known, and of those only the ones from place a
+    up to b count for each (a, b) of `parts`; None: all of them.
+    """
 
     id: str
     text: str
     ids: tuple[int, ...] | None = None
+    parts: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,13 @@ class Code(Generation):
 
     prefix: str
     test: str
+
+
+def shortened(items: Sequence[Generation], most: int | None) -> list[Generation]:
+    """The requests, none of which may write more than `most` tokens; None: as they are."""
+    if most is None:
+        return list(items)
+    return [replace(item, max_new_tokens=min(most, item.max_new_tokens)) for item in items]
 
 
 Item = Choice | Cloze | Text | Answer | Code

@@ -96,8 +96,8 @@ def check_sandbox() -> None:
         version = ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1:
         raise UserError(
-            "--execute-code: this system cannot keep a program from writing (it needs Linux 5.13 or newer with "
-            "Landlock); run the evaluation where it can, or leave these tasks out"
+            "this system cannot keep programs that a model writes from writing files (it needs Linux 5.13 or newer "
+            "with Landlock): evaluate HumanEval and MBPP where it can, or leave them out"
         )
 
 

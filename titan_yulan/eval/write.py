@@ -1,9 +1,4 @@
-"""What a model writes after a context, token by token the likeliest one, many contexts at a time.
-
-Keys and values of what was read are kept, so that a new token costs one row. The decoder is written without such a
-memory: it asks a `Sharding` to attend, and here that is one which remembers. Contexts of different lengths are padded
-at their beginnings.
-"""
+"""What a model writes after a context, token by token the likeliest one, many contexts at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from titan_yulan.data.tokenizer import Tokenizer
-from titan_yulan.errors import RunError, UserError
-from titan_yulan.eval.attending import attending
 from titan_yulan.eval.batches import batches_of
-from titan_yulan.eval.cache import KeyValueCache
+from titan_yulan.eval.check import check_room
+from titan_yulan.eval.generate import continue_ids
 from titan_yulan.eval.requests import Generation
+from titan_yulan.eval.sampling import Sampling
 from titan_yulan.eval.share import Share
 from titan_yulan.model import Decoder
+
+_GREEDY = Sampling(temperature=0.0)
+_TELL_EVERY = 16  # tokens; a batch of long answers takes minutes, and somebody waits for a sign
 
 
 @dataclass(frozen=True)
@@ -33,21 +30,27 @@ class Written:
 
 
 class Writer:
-    """Continues contexts with a decoder that no two ranks share; see the head of this file."""
+    """Continues contexts with a decoder, whole or laid out over ranks."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, context: int, batch_tokens: int, share: Share | None = None
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        context: int,
+        batch_tokens: int,
+        share: Share | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
-            decoder: on the device and in the types that it computes in.
+            decoder: in the types that it computes in.
             context: tokens of a row, at most; longer contexts lose their first tokens.
             batch_tokens: tokens of a batch, padding and what may be written included.
             share: how ranks share the work; None: there is one.
+            device: that it computes on; None: that of its weights.
         """
         self.decoder, self.tokenizer, self.context, self.batch_tokens = decoder, tokenizer, context, batch_tokens
-        self.share = share or Share()
-        self.device = decoder.model.embed_tokens.weight.device
+        self.share, self.device = share or Share(), device
 
     def __call__(
         self, requests: Sequence[Generation], progress: Callable[[int, int], None] = lambda done, total: None
@@ -55,22 +58,26 @@ class Writer:
         """What the model writes for each request, on all ranks.
 
         Args:
-            progress: called with how many requests are done, and of how many.
+            progress: called with how many requests are done, and of how many; on ranks that share the decoder equally
+                often.
 
         Raises:
             UserError: a request may write more than the model reads.
             RunError: the model's numbers are not finite.
         """
-        self.check(requests)
+        check_room(requests, self.context)
         prompts = [self.tokenizer.encode(request.context) or [self.tokenizer.eos_id] for request in requests]
         rooms = [self.context - request.max_new_tokens for request in requests]
         done = 0
 
+        def tell() -> None:
+            progress(min(done, len(requests)), len(requests))
+
         def work(batch: list[int]) -> dict[int, Written]:
             nonlocal done
-            texts = self._write([prompts[i][-rooms[i] :] for i in batch], [requests[i] for i in batch])
+            texts = self._write([prompts[i][-rooms[i] :] for i in batch], [requests[i] for i in batch], tell)
             done += len(batch) * self.share.size
-            progress(min(done, len(requests)), len(requests))
+            tell()
             cuts = [len(prompts[i]) > rooms[i] for i in batch]
             return {i: Written(*text, cut) for i, text, cut in zip(batch, texts, cuts, strict=True)}
 
@@ -78,60 +85,42 @@ class Writer:
         found = self.share.run(batches_of(lengths, self.batch_tokens), work)
         return [found[i] for i in range(len(requests))]
 
-    def check(self, requests: Sequence[Generation]) -> None:
-        """There must be room for what each request may write.
-
-        Raises:
-            UserError: a request may write more than the model reads.
-        """
-        for request in requests:
-            if request.max_new_tokens >= self.context:
-                raise UserError(
-                    f"request {request.id} may write {request.max_new_tokens} tokens, and the model reads "
-                    f"{self.context}: lower --max-new-tokens, or raise --context if the model can"
-                )
-
-    @torch.no_grad()
-    def _write(self, prompts: list[list[int]], requests: list[Generation]) -> list[tuple[str, int]]:
+    def _write(
+        self, prompts: list[list[int]], requests: list[Generation], tell: Callable[[], None]
+    ) -> list[tuple[str, int]]:
         """Text and number of tokens for each prompt."""
-        length = max(map(len, prompts))
-        pads = [length - len(prompt) for prompt in prompts]
-        inputs = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
-        inputs = inputs.to(self.device)
-        most = max(request.max_new_tokens for request in requests)
-        written: list[list[int]] = [[] for _ in prompts]
-        writing = set(range(len(prompts)))
-        cache = KeyValueCache(pads, length + most, self.device)
+        passes = 0
 
-        def last_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-            return hidden[:, -1] @ weight.t()
+        def goes_on(row: int, ids: list[int]) -> bool:
+            # a stop of n bytes lies in the last n tokens, where it ends in the last one
+            reach = max((len(stop.encode()) for stop in requests[row].stop), default=0)
+            tail = self.tokenizer.decode(ids[-reach:]) if reach else ""
+            return not any(stop in tail for stop in requests[row].stop)
 
-        with attending(self.decoder, cache):
-            while True:
-                positions = cache.begin(inputs.shape[1])
-                logits = self.decoder(inputs, position_ids=positions, head=last_logits)
-                if not bool(logits.amax(-1).isfinite().all()):
-                    raise RunError("the logits are not finite: the weights are damaged, or --precision is too low")
-                inputs = logits[:, : self.tokenizer.vocab_size].argmax(1, keepdim=True)
-                for row, token in enumerate(inputs[:, 0].tolist()):
-                    if row in writing and not self._goes_on(written[row], token, requests[row]):
-                        writing.remove(row)
-                if not writing:
-                    break
+        def join(writing: bool) -> bool:
+            nonlocal passes
+            passes += 1
+            if passes % _TELL_EVERY == 0:
+                tell()
+            return self.share.goes_on(writing)
+
+        found = continue_ids(
+            self.decoder,
+            prompts,
+            _GREEDY,
+            new_tokens=[request.max_new_tokens for request in requests],
+            context=self.context,
+            eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocab_size,
+            goes_on=goes_on,
+            join=join,
+            device=self.device,
+        )
+        texts = [self.tokenizer.decode(continuation.ids) for continuation in found]
         return [
-            (_before(self.tokenizer.decode(ids), request.stop), len(ids))
-            for ids, request in zip(written, requests, strict=True)
+            (_before(text, request.stop), len(continuation.ids))
+            for text, request, continuation in zip(texts, requests, found, strict=True)
         ]
-
-    def _goes_on(self, ids: list[int], token: int, request: Generation) -> bool:
-        """Add a token to what a request has written, unless it ends the text; whether there is more to write."""
-        if token == self.tokenizer.eos_id:
-            return False
-        ids.append(token)
-        # a stop of n bytes lies in the last n tokens, where it ends in the last one
-        reach = max((len(stop.encode()) for stop in request.stop), default=0)
-        tail = self.tokenizer.decode(ids[-reach:]) if reach else ""
-        return len(ids) < request.max_new_tokens and not any(stop in tail for stop in request.stop)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from titan_yulan.model.observer import Observer
+
 if TYPE_CHECKING:
     from titan_yulan.model.sharding import Sharding
 
@@ -20,7 +22,14 @@ class AttentionContext:
     """
 
     def __init__(
-        self, length: int, cos: Tensor, sin: Tensor, mask: Tensor | None, causal: bool, sharding: Sharding
+        self,
+        length: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        sharding: Sharding,
+        observer: Observer,
     ) -> None:
         """
         Args:
@@ -29,6 +38,7 @@ class AttentionContext:
             mask: (batch, 1, seq, seq) bool, True where a query (third axis) may see a key (fourth); None: no mask.
             causal: without a mask, whether a query sees only keys up to its own place.
             sharding: how ranks share the pass.
+            observer: is shown what is computed.
         """
         self.length = length
         self.cos = cos
@@ -36,6 +46,7 @@ class AttentionContext:
         self.mask = mask
         self.causal = causal
         self.sharding = sharding
+        self.observer = observer
 
 
 def document_mask(document_ids: Tensor | None, causal: bool) -> Tensor | None:

@@ -73,6 +73,7 @@ class Attention(nn.Module):
             query = self.q_layernorm(query, sharding.tensor_rank)
             key = self.k_layernorm(key, sharding.tensor_rank)
         query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        context.observer.see_attention(query, key, self.softmax_scale, context)
         attended = sharding.attend(query, key, value, self.softmax_scale, context.mask, context.causal)
         output = project(
             attended.flatten(2),

@@ -25,6 +25,7 @@ from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.kernels.swiglu import SwiGLU
 from titan_yulan.model.attend import AttentionContext
 from titan_yulan.model.attention import Attention
+from titan_yulan.model.observer import Observer
 from titan_yulan.model.projection import project
 from titan_yulan.model.rotary import rotary_tables
 from titan_yulan.model.scale import Alpha, RMSNorm, make_alpha, multiply
@@ -89,12 +90,19 @@ class DecoderLayer(nn.Module):
         Returns:
             The two for the next block.
         """
+        see = context.observer.see
         factors = (self.norm_scale, self.input_layernorm_alpha)
         normed, x = self.input_layernorm.add(x, output, self.residual_factor, *factors)
+        see("stream", x)
+        see("input_norm", normed)
         attended = self.self_attn(normed, context)
+        see("attention_output", attended, self.output_factor)
         factors = (self.norm_scale, self.post_attention_layernorm_alpha, self.gate_up_proj_alpha)
         normed, x = self.post_attention_layernorm.add(x, attended, self.residual_factor, *factors)
+        see("attention_residual", x)
+        see("post_norm", normed, self.gate_up_proj_alpha)
         transformed = self.mlp(normed, (self.output_factor, self.down_proj_alpha), context)
+        see("mlp_output", transformed, self.output_factor)
         return (x, transformed) if self.hands_on else (torch.add(x, transformed, alpha=self.residual_factor), None)
 
 
@@ -107,6 +115,7 @@ class Transformer(nn.Module):
         self.rope_theta = config.rope_theta
         self.residual_factor = 1.0 if config.wesar else config.residual_factor
         self.sharding = Sharding()
+        self.observer = Observer()
         self.rounded = config.scalar_precision == "compute"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_layernorm: nn.Module | None = None
@@ -132,26 +141,39 @@ class Transformer(nn.Module):
         table_type = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
         cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.rope_theta, table_type)
         mask = self.sharding.document_mask(document_ids, causal)
-        context = AttentionContext(input_ids.shape[1], cos, sin, mask, causal, self.sharding)
+        context = AttentionContext(input_ids.shape[1], cos, sin, mask, causal, self.sharding, self.observer)
         output = None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            self.observer.enter(index)
             x, output = layer(x, output, context)
+        self.observer.enter(len(self.layers))
         factors = (self.config.norm_scale, self.norm_alpha, *output_factors)
-        return self.norm.add(x, output, self.residual_factor, *factors)[0]
+        hidden, x = self.norm.add(x, output, self.residual_factor, *factors)
+        self.observer.see("stream", x)
+        self.observer.see("final_norm", hidden, *output_factors)
+        return hidden
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """(batch, seq) ids -> (batch, this rank's part of seq, hidden) in the embedding's type."""
         embedded = self.sharding.embed(input_ids, local(self.embed_tokens.weight))
         x = multiply(embedded, self.config.embedding_scale, rounded=self.rounded)
+        self.observer.see("embedding", x)
         if self.config.embedding_gradient_scale != 1:
             # Adds an exact zero that carries the scaled gradient, so the forward pass is unchanged to the bit.
             x = x.detach() + self.config.embedding_gradient_scale * (x - x.detach())
-        if isinstance(self.embedding_layernorm, RMSNorm):
-            return self.embedding_layernorm(x, self.config.norm_scale)
-        if isinstance(self.embedding_layernorm, nn.LayerNorm):
-            norm, wide = self.embedding_layernorm, torch.promote_types(x.dtype, torch.float32)
-            return functional.layer_norm(x.to(wide), x.shape[-1:], norm.weight.to(wide), None, norm.eps).to(x.dtype)
+            self.observer.see("embedding_gradient_scale", x)
+        if self.embedding_layernorm is not None:
+            x = self._embedding_norm(x, self.embedding_layernorm)
+            self.observer.see("embedding_norm", x)
         return x
+
+    def _embedding_norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """(batch, this rank's part of seq, hidden) -> the same."""
+        if isinstance(norm, RMSNorm):
+            return norm(x, self.config.norm_scale)
+        layer_norm, wide = cast(nn.LayerNorm, norm), torch.promote_types(x.dtype, torch.float32)
+        weight = layer_norm.weight.to(wide)
+        return functional.layer_norm(x.to(wide), x.shape[-1:], weight, None, layer_norm.eps).to(x.dtype)
 
 
 class Decoder(nn.Module):

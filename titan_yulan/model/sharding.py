@@ -8,8 +8,10 @@ arXiv 2205.05198), under context parallelism all activations are.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional
 
 from titan_yulan.model.attend import attend, document_mask
@@ -64,3 +66,11 @@ class Sharding:
 def local(weight: Tensor) -> Tensor:
     """This rank's part of a weight that tensor parallelism cuts; the weight itself where it does not."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def copies(weight: Tensor, ranks: int = 1) -> int:
+    """How many ranks hold the same part of a weight; `ranks` do of one that is no DTensor. A mesh is of all ranks."""
+    if not isinstance(weight, DTensor):
+        return ranks
+    mesh = weight.device_mesh
+    return math.prod(mesh.size(dim) for dim, place in enumerate(weight.placements) if isinstance(place, Replicate))

@@ -1,13 +1,11 @@
-"""The record of a run: `metrics.jsonl` (a line per step), `validation.jsonl`, TensorBoard, `status.json`."""
+"""The files of a run's record: lines of JSON that can go back to a step, and `status.json`."""
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import socket
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -104,35 +102,31 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_full_disk(arguments: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread would print a traceback when the disk is full; its next call raises the same error."""
-    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in (errno.ENOSPC, errno.EDQUOT)):
-        threading.__excepthook__(arguments)
+class RunLines:
+    """The JSON-lines files of a run, `NAME.jsonl` in its folder, which go back and are made durable together."""
 
+    def __init__(self, folder: Path, step: int, names: Iterable[str]) -> None:
+        """
+        Args:
+            step: lines of later ones are dropped.
+            names: those that will be written.
+        """
+        self._files = {name: JsonLines(folder / f"{name}.jsonl", step) for name in names}
 
-class Board:
-    """TensorBoard files of a run; steps after `step` of an earlier start are purged so that curves do not double."""
+    def __getitem__(self, name: str) -> JsonLines:
+        return self._files[name]
 
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not everywhere installed
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
 
-        threading.excepthook = _forget_full_disk
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+    def rewind(self, step: int) -> None:
+        for file in self._files.values():
+            file.rewind(step)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for tag, value in values.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(tag, value, step)
-
-    def text(self, tag: str, text: str) -> None:
-        self._writer.add_text(tag, text)
-
-    def layout(self, groups: dict[str, dict[str, list]]) -> None:
-        """Which curves share a chart on the page `Custom scalars`."""
-        self._writer.add_custom_scalars(groups)
-
-    def flush(self) -> None:
-        self._writer.flush()
+    def sync(self) -> None:
+        for file in self._files.values():
+            file.sync()
 
     def close(self) -> None:
-        self._writer.close()
+        for file in self._files.values():
+            file.close()

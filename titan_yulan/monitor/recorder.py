@@ -7,9 +7,8 @@ validation and before a checkpoint commits.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,16 @@ from torch import Tensor
 
 from titan_yulan import config as configuration
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.adaptive import MIXTURE_LOG, Adjustment
+from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.errors import explain_os_error
-from titan_yulan.monitor.flops import FORMULA, device_peak, flops_per_token
-from titan_yulan.monitor.metrics import Board, JsonLines, read_lines
+from titan_yulan.monitor import console
+from titan_yulan.monitor.board import open_boards
+from titan_yulan.monitor.flops import FORMULA
+from titan_yulan.monitor.intervals import Intervals, Kind, trained_flops
+from titan_yulan.monitor.metrics import RunLines, read_lines
 from titan_yulan.monitor.recovery import Recovery
+from titan_yulan.monitor.statistics import Statistics
 from titan_yulan.parallel.process import World
 
 
@@ -37,6 +40,7 @@ class StepValues:
     gradient_norm  () float32, before clipping
     fingerprint    () int64: sum of the rows' fingerprints
     verdict        () float32: of `optimizer.guard`, or `recovery.LEFT_OUT`
+    statistics     of the model's inside, in the steps that have them
     """
 
     phase: PhasePlan
@@ -46,6 +50,7 @@ class StepValues:
     gradient_norm: Tensor
     fingerprint: Tensor
     verdict: Tensor
+    statistics: Statistics | None = None
 
 
 class Recorder:
@@ -58,51 +63,39 @@ class Recorder:
         Args:
             step: of the checkpoint that the run goes on from; records of later steps are dropped. None: a fresh start.
             recovery: decides what follows from the steps' verdicts.
+
+        Raises:
+            UserError: a board that was asked for cannot be opened.
         """
-        self._config, self._plan, self._folder, self._world = config, plan, folder, world
+        self._config, self._plan, self._folder = config, plan, folder
         self._recovery = recovery
         self._pending: list[tuple[int, StepValues]] = []
         self._main = world.is_main
-        self._peak = device_peak(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
-        # since the last printed line: seconds of training, seconds of those spent waiting for data, tokens
-        self._clock, self._active, self._waited, self._tokens = time.perf_counter(), 0.0, 0.0, 0
-        self._first_losses: dict[str, float] = {}
+        self._intervals = Intervals(config.model, world)
+        self._first_losses: dict[str, float] | None = None
         self.failure: str | None = None
         if not self._main:
             return
         step = -1 if step is None else step
-        self._metrics = JsonLines(folder / "metrics.jsonl", step)
-        self._validations = JsonLines(folder / "validation.jsonl", step)
-        self._evaluations = JsonLines(folder / "evaluation.jsonl", step) if config.eval.tasks else None
-        self._evaluated = {line["step"] for line in read_lines(folder / "evaluation.jsonl")}
-        self._mixture = JsonLines(folder / MIXTURE_LOG, step) if self._adapts() else None
+        self._lines = RunLines(folder, step, self._kept(folder))
         if lines := read_lines(folder / "validation.jsonl"):
             self._first_losses = lines[0]["validation_loss"]
         self._validated = {line["step"] for line in lines}
-        self._open_board(step)
+        self._evaluated = {line["step"] for line in read_lines(folder / "evaluation.jsonl")}
+        self._board = open_boards(config, plan.sources, folder, step)
+        self._board.text("config/toml", f"```toml\n{configuration.to_toml(config)}\n```")
 
-    def _adapts(self) -> bool:
-        """Whether a phase adjusts its mix."""
-        return any(phase.adaptive.every is not None for phase in self._config.phases)
-
-    def _open_board(self, step: int) -> None:
-        self._board = Board(self._folder / "tensorboard", step) if self._config.monitor.tensorboard else None
-        if self._board:
-            self._board.text("config/toml", f"```toml\n{configuration.to_toml(self._config)}\n```")
-            names = "|".join(self._plan.sources)
-            self._board.layout(
-                {
-                    "losses": {
-                        "training": ["Multiline", [r"loss/train.*"]],
-                        "validation": ["Multiline", [rf"loss/val(_({names}))?$"]],
-                    },
-                    "curriculum": {
-                        "mix": ["Multiline", [r"data/frac/.*"]],
-                        "adjusted shares": ["Multiline", [r"mixture/share/.*"]],
-                        "learning rate": ["Multiline", ["optim/lr"]],
-                    },
-                }
-            )
+    def _kept(self, folder: Path) -> list[str]:
+        """Names of the files of lines; those of an earlier start too, for they go back with the others."""
+        wanted = {
+            "metrics": True,
+            "validation": True,
+            "intervals": True,
+            "evaluation": bool(self._config.eval.tasks),
+            "mixture": any(phase.adaptive.every is not None for phase in self._config.phases),
+            "statistics": self._config.monitor.statistics_every > 0,
+        }
+        return [name for name, due in wanted.items() if due or (folder / f"{name}.jsonl").exists()]
 
     def say(self, line: str) -> None:
         if self._main:
@@ -116,15 +109,13 @@ class Recorder:
         except OSError as error:
             self.failure = self.failure or explain_os_error(error, self._folder)
 
+    def spending(self, kind: Kind) -> AbstractContextManager[None]:
+        """Within `with`, the time is not that of steps."""
+        return self._intervals.spending(kind)
+
     def phase_begins(self, phase: PhasePlan, step: int) -> None:
         """Announce a phase."""
-        known = phase.shares((step - phase.start.step) * phase.batch_rows)
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in known.items() if share)
-        self.say(
-            f"phase {phase.name!r}: steps {step + 1}-{phase.end.step}, {phase.batch_rows} rows of "
-            f"{phase.sequence_length} tokens a step, mix {shares}"
-        )
-        self._clock = time.perf_counter()
+        self.say(console.phase_line(phase, step))
 
     def record(self, step: int, values: StepValues, waited: float) -> bool:
         """Take the values of a finished step; print and write when it is due, and return whether it was.
@@ -136,10 +127,10 @@ class Recorder:
             RunError, GoBack: as `flush`.
         """
         self._pending.append((step, values))
-        self._waited += waited
+        self._intervals.step(values.phase, waited)
         due = step % self._config.monitor.log_every == 0 or step == values.phase.end.step
         if due and (line := self.flush()):
-            self._print(line, values.phase)
+            self._end_interval(line)
         return due
 
     def flush(self) -> dict[str, Any] | None:
@@ -151,20 +142,15 @@ class Recorder:
         """
         if not self._pending:
             return None
-        steps = [step for step, _ in self._pending]
-        values = [value for _, value in self._pending]
-        self._pending = []
-        rows = _fetch(values)
-        now = time.perf_counter()
-        self._active += now - self._clock
-        self._clock = now
-        lines = [self._line(*item) for item in zip(steps, values, rows, strict=True)]
-        self._tokens += sum(v.phase.batch_rows * v.phase.sequence_length for v in values)
+        pending, self._pending = self._pending, []
+        rows, statistics = _fetch([values for _, values in pending])
+        lines = [self._line(*item, row) for item, row in zip(pending, rows, strict=True)]
         lines, end = self._recovery.review(lines, [int(row[-1]) for row in rows])
         if self._main:
             with self._writing():
-                self._metrics.write(lines)
-                self._draw(lines)
+                self._lines["metrics"].write(lines)
+                for (_, values), line, inside in zip(pending, lines, statistics, strict=False):
+                    self._draw(line, values.phase, inside)
         if end is not None:
             raise end
         return lines[-1]
@@ -176,15 +162,8 @@ class Recorder:
             self._validated = {other for other in self._validated if other <= step}
             self._evaluated = {other for other in self._evaluated if other <= step}
             with self._writing():
-                self._metrics.rewind(step)
-                self._validations.rewind(step)
-                for extra in (self._mixture, self._evaluations):
-                    if extra:
-                        extra.rewind(step)
-                if self._board:
-                    self._board.close()
-                self._open_board(step)
-        self._clock = time.perf_counter()
+                self._lines.rewind(step)
+                self._board.rewind(step)
 
     def sync(self) -> None:
         """Flush, and make the lines durable: none may be missing behind a checkpoint.
@@ -195,11 +174,7 @@ class Recorder:
         self.flush()
         if self._main:
             with self._writing():
-                self._metrics.sync()
-                self._validations.sync()
-                for extra in (self._mixture, self._evaluations):
-                    if extra:
-                        extra.sync()
+                self._lines.sync()
 
     def _line(self, step: int, values: StepValues, row: list[float]) -> dict[str, Any]:
         n = len(self._plan.sources)
@@ -219,98 +194,77 @@ class Recorder:
             "source_tokens": {name: int(count) for name, count in zip(self._plan.sources, tokens, strict=True)},
         }
 
-    def _draw(self, lines: list[dict[str, Any]]) -> None:
-        if not self._board:
-            return
-        for line in lines:
-            total = sum(line["source_tokens"].values()) or 1
-            self._board.scalars(
-                line["step"],
-                {
-                    "loss/train": line["loss"],
-                    "optim/lr": line["learning_rate"],
-                    "optim/grad_norm": line["gradient_norm"],
-                    "progress/tokens": line["tokens"],
-                    **{f"loss/train_{name}": loss for name, loss in line["source_loss"].items()},
-                    **{f"data/frac/{name}": count / total for name, count in line["source_tokens"].items()},
-                },
-            )
-
-    def _print(self, line: dict[str, Any], phase: PhasePlan) -> None:
-        step, end = line["step"], self._plan.end.step
-        rate = self._tokens / max(self._active, 1e-9)
-        seconds_left = (self._plan.end.token - line["tokens"]) / max(rate, 1e-9)
-        mfu = None
-        if self._peak:
-            mfu = (
-                100
-                * rate
-                * flops_per_token(self._config.model, phase.sequence_length)
-                / (self._peak * self._world.size)
-            )
-        self.say(
-            f"step {step}/{end}  loss {line['loss']:.4f}  gnorm {line['gradient_norm']:.3f}  "
-            f"lr {line['learning_rate']:.3e}  {_short(rate)} tok/s  "
-            f"mfu {'n/a' if mfu is None else f'{mfu:.1f}%'}  eta {_clock(seconds_left)}"
-            + (f"  skipped: {line['skipped']}" if "skipped" in line else "")
+    def _draw(self, line: Mapping[str, Any], phase: PhasePlan, statistics: dict[str, float]) -> None:
+        """The curves of a step; statistics have a file of their own, for they come more seldom."""
+        step, total = line["step"], sum(line["source_tokens"].values()) or 1
+        if statistics:
+            self._lines["statistics"].write([{"step": step, "tokens": line["tokens"], "values": statistics}])
+        self._board.scalars(
+            step,
+            {
+                "loss/train": line["loss"],
+                "optim/lr": line["learning_rate"],
+                "optim/grad_norm": line["gradient_norm"],
+                "progress/tokens": line["tokens"],
+                "progress/rows": phase.position(step - phase.start.step).row,
+                "progress/batch_rows": phase.batch_rows,
+                "progress/flops": trained_flops(self._config.model, self._plan, step),
+                **{f"loss/train_{name}": loss for name, loss in line["source_loss"].items()},
+                **{f"data/frac/{name}": count / total for name, count in line["source_tokens"].items()},
+                **statistics,
+            },
         )
-        if self._main and self._board:
-            scalars = {"perf/tokens_per_s": rate, "data/wait_percent": 100 * self._waited / max(self._active, 1e-9)}
-            if mfu is not None:
-                scalars["perf/mfu_percent"] = mfu
-            if self._world.device.type == "cuda":
-                scalars["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+
+    def _end_interval(self, line: Mapping[str, Any]) -> None:
+        interval = self._intervals.close()
+        step, rate = line["step"], interval.tokens_per_s or 0.0
+        seconds_left = (self._plan.end.token - line["tokens"]) / max(rate, 1e-9)
+        self.say(console.step_line(line, self._plan.end.step, rate, interval.mfu_percent, seconds_left))
+        if self._main:
             with self._writing():
-                self._board.scalars(step, scalars)
-        self._active, self._waited, self._tokens = 0.0, 0.0, 0
+                self._lines["intervals"].write([interval.line(step, line["tokens"])])
+                self._board.scalars(step, interval.scalars())
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """More curves, by tag."""
+        if self._main:
+            with self._writing():
+                self._board.scalars(step, values)
 
     def validation(self, step: int, sums: Tensor, tokens: Tensor) -> dict[str, float]:
         """Record validation losses from the global sums of `eval.validation`; returns them by source."""
         self.flush()
+        totals, counts = torch.stack([sums, tokens]).tolist()
         losses = {
-            name: loss / count
-            for name, loss, count in zip(self._plan.sources, sums.tolist(), tokens.tolist(), strict=True)
-            if count
+            name: loss / count for name, loss, count in zip(self._plan.sources, totals, counts, strict=True) if count
         }
-        first = self._first_losses or losses
-        self._first_losses = first
-        parts = [
-            f"{name} {loss:.4f}" + (f" ({loss - first[name]:+.4f})" if first is not losses and name in first else "")
-            for name, loss in losses.items()
-        ]
-        self.say(f"validation at step {step}: " + "  ".join(parts))
+        self.say(console.validation_line(step, losses, self._first_losses))
+        self._first_losses = self._first_losses or losses
         if self._main:
-            position = self._plan.position(step)
             with self._writing():
                 if step not in self._validated:  # a start that measures for the mixture may do it again
-                    self._validations.write([{"step": step, "tokens": position.token, "validation_loss": losses}])
+                    token = self._plan.position(step).token
+                    self._lines["validation"].write([{"step": step, "tokens": token, "validation_loss": losses}])
                     self._validated.add(step)
-                if self._board:
-                    scalars = {f"loss/val_{name}": loss for name, loss in losses.items()}
-                    if losses:
-                        scalars["loss/val"] = float(sums.sum() / tokens.sum())
-                    self._board.scalars(step, scalars)
-                    self._board.flush()
-        self._clock = time.perf_counter()
+                scalars = {f"loss/val_{name}": loss for name, loss in losses.items()}
+                if losses:
+                    mean = sum(totals) / sum(counts)
+                    scalars |= {"loss/val": mean, "loss/val_perplexity": _perplexity(mean)}
+                self._board.scalars(step, scalars)
+                self._board.flush()
         return losses
 
     def mixture(self, adjustment: Adjustment, before: dict[str, float]) -> None:
         """Record a change of the mix; `before`: the shares until now."""
-        parts = [
-            f"{name} {before[name]:.2%} -> {share:.2%} (perplexity {adjustment.perplexity[name]:.3f})"
-            for name, share in adjustment.shares.items()
-            if name in adjustment.perplexity
-        ]
-        self.say(f"mixture at step {adjustment.step}: " + ", ".join(parts))
-        if not self._main or not self._mixture:
+        self.say(console.mixture_line(adjustment, before))
+        if not self._main:
             return
         with self._writing():
-            self._mixture.rewind(adjustment.step - 1)  # a start that measures anew replaces what it finds
-            self._mixture.write([adjustment.to_json()])
-            if self._board:
-                values = {f"mixture/share/{name}": share for name, share in adjustment.shares.items()}
-                values |= {f"mixture/perplexity/{name}": value for name, value in adjustment.perplexity.items()}
-                self._board.scalars(adjustment.step, values)
+            self._lines["mixture"].rewind(adjustment.step - 1)  # a start that measures anew replaces what it finds
+            self._lines["mixture"].write([adjustment.to_json()])
+            values = {f"mixture/share/{name}": share for name, share in adjustment.shares.items()}
+            values |= {f"mixture/perplexity/{name}": value for name, value in adjustment.perplexity.items()}
+            self._board.scalars(adjustment.step, values)
 
     def has_validation(self, step: int) -> bool:
         """Whether the validation after `step` is recorded; known to the main rank."""
@@ -322,31 +276,23 @@ class Recorder:
         for task, values in metrics.items():
             parts = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             self.say(f"{task} at step {step}: {parts}")
-        if self._main and self._evaluations:
+        if self._main:
             with self._writing():
                 token = self._plan.position(step).token
-                self._evaluations.write([{"step": step, "tokens": token, "tasks": metrics}])
+                self._lines["evaluation"].write([{"step": step, "tokens": token, "tasks": metrics}])
                 self._evaluated.add(step)
-                if self._board:
-                    scalars = {
-                        f"task/{task}/{name}": v for task, values in metrics.items() for name, v in values.items()
-                    }
-                    self._board.scalars(step, scalars)
-                    self._board.flush()
-        self._clock = time.perf_counter()
+                scalars = {f"task/{task}/{name}": v for task, values in metrics.items() for name, v in values.items()}
+                self._board.scalars(step, scalars)
+                self._board.flush()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the benchmarks after `step` are recorded; known to the main rank."""
         return self._main and step in self._evaluated
 
-    def pause_ends(self) -> None:
-        """Time spent on a checkpoint does not count as training time."""
-        self._clock = time.perf_counter()
-
     def sample(self, step: int, prompt: str, continuation: str) -> None:
         """Show the sampled continuation of a finished run."""
         self.say(f"\nsample at the end, continuing {prompt!r}:\n{prompt}{continuation}\n")
-        if self._main and self._board:
+        if self._main:
             self._board.text("sample", f"{prompt}{continuation}")
 
     def close(self, outcome: str) -> None:
@@ -354,35 +300,35 @@ class Recorder:
         self.flush()
         if not self._main:
             return
-        self._metrics.close()
-        self._validations.close()
-        for extra in (self._mixture, self._evaluations):
-            if extra:
-                extra.close()
-        if self._board:
-            self._board.close()
+        self._lines.close()
+        self._board.close()
         self.say(f"{outcome}: the run is in {self._folder} (MFU formula: {FORMULA})")
-        if self._board:
+        if self._config.monitor.tensorboard:
             self.say(f"curves: python -m tensorboard.main --logdir {self._folder / 'tensorboard'}")
         if outcome == "stopped":
             self.say("to go on: the same command again")
 
 
-def _fetch(values: list[StepValues]) -> list[list[float]]:
-    """The numbers of all steps in one copy, the one synchronisation: per step totals, denominator, gradient norm, the
-    lower and upper half of the fingerprint (a double holds 32 bits exactly, not 64), and the verdict."""
+def _fetch(values: list[StepValues]) -> tuple[list[list[float]], list[dict[str, float]]]:
+    """The numbers of all steps in one copy, the one synchronisation.
+
+    Returns:
+        per step totals, denominator, gradient norm, the lower and upper half of the fingerprint (a double holds 32 bits
+            exactly, not 64), and the verdict; per step its statistics by tag.
+    """
     prints = torch.stack([v.fingerprint for v in values])
     halves = torch.stack([prints & 0xFFFFFFFF, (prints >> 32) & 0xFFFFFFFF], dim=1)
     floats = torch.stack([torch.cat([v.totals, v.denominator[None], v.gradient_norm[None]]) for v in values])
     verdicts = torch.stack([v.verdict for v in values])[:, None]
-    return torch.cat([floats.double(), halves.double(), verdicts.double()], dim=1).tolist()
+    always = torch.cat([floats.double(), halves.double(), verdicts.double()], dim=1)
+    sometimes = [v.statistics.values.double() for v in values if v.statistics]
+    fetched = iter(torch.cat([always.flatten(), *sometimes]).tolist())
+    rows = [[next(fetched) for _ in range(always.shape[1])] for _ in values]
+    return rows, [dict(zip(v.statistics.names, fetched, strict=False)) if v.statistics else {} for v in values]
 
 
-def _short(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

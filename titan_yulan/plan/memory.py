@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from titan_yulan.config.model import ModelConfig, count_parameters
@@ -18,8 +19,8 @@ from titan_yulan.parallel.degrees import Degrees, resolve_degrees
 GIB = 2**30
 _STATE_BYTES = 16  # float32 weight, gradient and Adam's two moments
 _CHECKPOINT_BYTES = 12  # float32 weight and Adam's two moments
-_BYTES = {"bfloat16": 2, "float32": 4}
-_CHUNK_TOKENS = 4096  # of logits at a time, on a GPU (kernels/linear_cross_entropy.py)
+NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+CHUNK_TOKENS = 4096  # of logits at a time, on a GPU (kernels/linear_cross_entropy.py)
 _MOST_RANKS = 4096  # that are tried
 
 
@@ -69,6 +70,9 @@ class Memory:
         activations: what autograd keeps from forward until backward.
         working: what comes and goes beside it, at the worst moment.
         host: the state, where it is offloaded.
+        staging: of the host's memory, for the copies that an asynchronous checkpoint is written from.
+        kinds: `activations` by what they are.
+        moments: the worst of each of the moments that `working` is the worst of.
     """
 
     state: int
@@ -76,6 +80,9 @@ class Memory:
     activations: int
     working: int
     host: int = 0
+    staging: int = 0
+    kinds: tuple[tuple[str, int], ...] = ()
+    moments: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> int:
@@ -93,14 +100,22 @@ def estimate_memory(config: RunConfig, world: int) -> Memory:
         UserError: a phase's layout does not fit `world` ranks.
     """
     phases = config.phases[config.first_phase :]
-    return max((_phase_memory(config, phase, world) for phase in phases), key=lambda memory: memory.total)
+    return max((phase_memory(config, phase, world) for phase in phases), key=lambda memory: memory.total)
 
 
-def _phase_memory(config: RunConfig, phase: PhaseSection, world: int) -> Memory:
+def phase_memory(config: RunConfig, phase: PhaseSection, world: int, chunk_tokens: int = CHUNK_TOKENS) -> Memory:
+    """Memory of the first of `world` ranks in one phase.
+
+    Args:
+        chunk_tokens: tokens whose logits are held at a time; the default is a GPU's.
+
+    Raises:
+        UserError: its layout does not fit `world` ranks.
+    """
     model, layout = config.model, phase.parallel
     degrees = resolve_degrees(layout, world, model, phase.sequence_length)
-    size, reduced = _BYTES[layout.compute_dtype], _BYTES[layout.reduce_dtype]
-    weights = _count_weights(model, degrees)
+    size, reduced = NUMBER_BYTES[layout.compute_dtype], NUMBER_BYTES[layout.reduce_dtype]
+    weights = count_weights(model, degrees)
     blocks = weights.block * model.num_hidden_layers
     state = _STATE_BYTES * weights.shard
     # With the block that computes, the next one is gathered.
@@ -110,51 +125,70 @@ def _phase_memory(config: RunConfig, phase: PhaseSection, world: int) -> Memory:
     rows = phase.batch.micro_batch_size
     shape = Activations(model, degrees, rows, phase.sequence_length, size, config.objective.document_mask)
     kept = shape.kept(phase.activation_checkpoint)
+    moments = _working(weights, shape, phase.activation_checkpoint, kept, size, reduced, chunk_tokens)
     replicated = _STATE_BYTES * weights.replicated
+    copied = _CHECKPOINT_BYTES * (weights.shard + weights.replicated)
     return Memory(
         state=replicated if layout.cpu_offload else replicated + state,
         gathered=gathered,
         activations=kept,
-        working=_working(weights, shape, phase.activation_checkpoint, kept, size, reduced),
+        working=max(moments.values()),
         host=state if layout.cpu_offload else 0,
+        staging=copied if config.checkpoint.asynchronous else 0,
+        kinds=tuple(shape.kinds(phase.activation_checkpoint).items()),
+        moments=tuple(moments.items()),
     )
 
 
 def _working(
-    weights: _Weights, shape: Activations, section: ActivationCheckpointSection, kept: int, size: int, reduced: int
-) -> int:
-    """The most of three moments, beyond gathered weights and kept activations."""
-    logits = size * min(shape.tokens, _CHUNK_TOKENS) * weights.head // shape.model.hidden_size
+    weights: Weights,
+    shape: Activations,
+    section: ActivationCheckpointSection,
+    kept: int,
+    size: int,
+    reduced: int,
+    chunk_tokens: int,
+) -> dict[str, int]:
+    """What three moments need beyond gathered weights and kept activations; the worst one counts."""
+    logits = size * min(shape.tokens, chunk_tokens) * weights.head // shape.model.hidden_size
     # The head's gradient is summed in float32 over chunks of logits, then cast.
     loss = 4 * weights.head + max(logits, size * weights.head)
     # The head's gradient waits for the embedding's, while a block's is made and reduced.
     block = size * weights.head + (size + reduced) * weights.block + shape.of_backward(section)
     # At the end of backward all activations are gone.
     root = (size + reduced) * weights.root
-    return max(loss, block, root - kept)
+    return {"head and loss": loss, "a block's backward": block, "the last gradients": max(0, root - kept)}
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """Numbers in the matrices (and biases) of a tensor-parallel rank: of one block, of the root (embedding and head),
-    of the head, of the shard of all of them that FSDP2 leaves the first rank; and numbers that every rank has."""
+    of the head, of the shards of a block and of the root that FSDP2 leaves the first rank, and of all its shards; and
+    numbers that every rank has."""
 
     block: int
     root: int
     head: int
+    block_shard: int
+    root_shard: int
     shard: int
     replicated: int
 
 
-def _count_weights(model: ModelConfig, degrees: Degrees) -> _Weights:
+@cache
+def count_weights(model: ModelConfig, degrees: Degrees) -> Weights:
+    """The numbers of the first rank."""
     layers, ways = model.num_hidden_layers, degrees.shard * degrees.context
     block, root = _matrices(model, degrees.tensor)
     whole_block, whole_root = (_numbers(shapes) for shapes in _matrices(model, 1))
-    return _Weights(
+    block_shard, root_shard = _numbers(block, ways), _numbers(root, ways)
+    return Weights(
         block=_numbers(block),
         root=_numbers(root),
         head=_numbers(root[:1]),
-        shard=layers * _numbers(block, ways) + _numbers(root, ways),
+        block_shard=block_shard,
+        root_shard=root_shard,
+        shard=layers * block_shard + root_shard,
         replicated=count_parameters(model) - layers * whole_block - whole_root,
     )
 
@@ -162,7 +196,7 @@ def _count_weights(model: ModelConfig, degrees: Degrees) -> _Weights:
 def _matrices(model: ModelConfig, tensor: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(rows, columns) of the weights of a block and of the root, as the first of `tensor` ranks has them."""
     hidden, inner = model.hidden_size, model.intermediate_size // tensor
-    queries, keys = _head_widths(model, tensor)
+    queries, keys = head_widths(model, tensor)
     block = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
     block += [(inner, hidden), (inner, hidden), (hidden, inner)]
     if model.attention_bias:
@@ -171,7 +205,7 @@ def _matrices(model: ModelConfig, tensor: int) -> tuple[list[tuple[int, int]], l
     return block, [vocabulary] * (1 if model.tie_word_embeddings else 2)
 
 
-def _head_widths(model: ModelConfig, tensor: int) -> tuple[int, int]:
+def head_widths(model: ModelConfig, tensor: int) -> tuple[int, int]:
     """Width of the queries, and of the keys, of one of `tensor` ranks."""
     width = model.attention_head_dim
     return model.num_attention_heads * width // tensor, model.num_key_value_heads * width // tensor
@@ -209,12 +243,23 @@ class Activations:
 
     def kept(self, section: ActivationCheckpointSection) -> int:
         """From forward until backward, with the final norm's and the loss's."""
-        layers = self.model.num_hidden_layers
-        recomputed = {"none": 0, "every": layers - -(-layers // section.every)}.get(section.mode, layers)
-        remains = self._block_selective() if section.mode == "selective" else self._stream()
-        end = self._stream() + self.size * self.tokens * self.model.hidden_size
+        return sum(self.kinds(section).values())
+
+    def kinds(self, section: ActivationCheckpointSection) -> dict[str, int]:
+        """`kept`, by what they are; a selective block's are not told apart."""
+        layers, recomputed = self.model.num_hidden_layers, self.recomputed(section)
+        stream, head = self._stream(), self.size * self.tokens * self.model.hidden_size
+        whole = {kind: (layers - recomputed) * size for kind, size in self._block_kinds().items()}
+        remains = recomputed * (self._block_selective() if section.mode == "selective" else stream)
         mask = self.tokens * self.sequence_length if self.document_mask and recomputed else 0
-        return (layers - recomputed) * self._block() + recomputed * remains + end + mask
+        again = {"blocks computed again in part" if section.mode == "selective" else "blocks computed again": remains}
+        kinds = {**whole, **again, "attention mask": mask, "final norm and head": stream + head}
+        return {kind: size for kind, size in kinds.items() if size}
+
+    def recomputed(self, section: ActivationCheckpointSection) -> int:
+        """Blocks that backward computes again, or some of their operators."""
+        layers = self.model.num_hidden_layers
+        return {"none": 0, "every": layers - -(-layers // section.every)}.get(section.mode, layers)
 
     def of_backward(self, section: ActivationCheckpointSection) -> int:
         """In the backward pass of one block: what is computed again, and the gradients inside the MLP."""
@@ -230,17 +275,24 @@ class Activations:
 
     def _block(self) -> int:
         """A block that keeps everything."""
+        return sum(self._block_kinds().values())
+
+    def _block_kinds(self) -> dict[str, int]:
         model, tensor = self.model, self.degrees.tensor
-        inner, heads = model.intermediate_size // tensor, model.num_attention_heads // tensor
-        numbers = 2 * model.hidden_size + 3 * inner + self._attention_numbers()
-        statistics = 4 * (heads + 2)  # logsumexp and the norms' reciprocals, in float32
+        heads = model.num_attention_heads // tensor
+        attention = self.size * self._attention_numbers() + 4 * heads  # logsumexp in float32
         if model.qk_layer_norm:
-            statistics += 4 * 2 * sum(_head_widths(model, tensor))  # before and after the weights, in float32
-        return 2 * self._stream() + self.tokens * (self.size * numbers + statistics)
+            attention += 4 * 2 * sum(head_widths(model, tensor))  # before and after the weights, in float32
+        return {
+            "residual stream": 2 * self._stream(),
+            "norms": self.tokens * (self.size * 2 * model.hidden_size + 4 * 2),  # with their reciprocals in float32
+            "attention": self.tokens * attention,
+            "MLP": self.tokens * self.size * 3 * (model.intermediate_size // tensor),
+        }
 
     def _attention_numbers(self) -> int:
         """What attention keeps per token of this rank."""
-        queries, keys = _head_widths(self.model, self.degrees.tensor)
+        queries, keys = head_widths(self.model, self.degrees.tensor)
         context = self.degrees.context
         if self.document_mask:  # keys and values of the whole row, and the mask as numbers
             return 2 * queries + 2 * queries * context + self.sequence_length
@@ -252,7 +304,7 @@ class Activations:
     def _block_selective(self) -> int:
         """A block that keeps its input, matrix products, attention and what it scatters over tensor-parallel ranks."""
         model, tensor = self.model, self.degrees.tensor
-        queries, keys = _head_widths(model, tensor)
+        queries, keys = head_widths(model, tensor)
         products = 2 * queries + 2 * keys + 2 * model.intermediate_size // tensor + 2 * model.hidden_size
         scattered = 2 * self._stream() if tensor > 1 else 0
         statistics = 4 * (model.num_attention_heads // tensor)

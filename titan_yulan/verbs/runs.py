@@ -1,4 +1,4 @@
-"""`titan-yulan train`, `plan`, `plot` and `config`: runs and their configurations."""
+"""`titan-yulan train`, `plan`, `plot`, `report` and `config`: runs and their configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from titan_yulan.verbs.common import add_config_option, add_verb, load, planned
 
 
 def add(verbs: Any) -> None:
-    """The verbs train, plan, plot, config."""
+    """The verbs train, plan, plot, report, config."""
     train = add_verb(verbs, "train", "check, prepare, and train to the end (what ./run_train.sh runs)", start_training)
     add_config_option(train)
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY", help="resume although KEY changed")
@@ -28,6 +28,10 @@ def add(verbs: Any) -> None:
     picture = add_verb(verbs, "plot", "draw a run: learning rate, loss of every source, mixture", _draw)
     picture.add_argument("run", help="run folder")
     picture.add_argument("--output", metavar="FILE", help=".png, .svg or .pdf (default: curves.png in the run folder)")
+
+    page = add_verb(verbs, "report", "a run as one HTML page: curves, events, benchmarks, configuration", _report)
+    page.add_argument("run", help="run folder")
+    page.add_argument("--output", metavar="FILE", help="file to write (default: report.html in the run folder)")
 
     config = verbs.add_parser("config", help="read, check and compare configurations").add_subparsers(
         metavar="VERB", required=True
@@ -70,6 +74,12 @@ def _draw(options: argparse.Namespace) -> None:
     from titan_yulan.monitor.plot import plot
 
     print(plot(Path(options.run), Path(options.output) if options.output else None))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from titan_yulan.monitor.report import report
+
+    print(report(Path(options.run), Path(options.output) if options.output else None))
 
 
 def _config_show(options: argparse.Namespace) -> None:
