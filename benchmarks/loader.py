@@ -8,10 +8,11 @@ Three made-up sources (50, 30 and 20 % of the tokens, documents of 700, 1,500 an
 of the mixture, are written once more as an Arrow table of lists (int32, 1,000 rows a batch), as `datasets` would hold
 them after packing and mixing offline. All sides then read every row once a round, in batches, in turn. Ours mixes the
 sources as it reads, gives every token the number of its document, and computes every row's fingerprint; theirs give
-tokens alone. "First pass" is a new reader, which compares every shard's SHA-256 before it uses it, as a run does;
-"later passes" has done so. Peers read random rows, as a sampler that shuffles asks for them, one at a time and stacked,
-or a batch at a time; and in stored order, where nothing is left to mix and rows only have to be copied. The arrow
-format gives tables; where it says so they are made into the int64 tensor that a model wants.
+tokens alone, except in the lines of "the same work": there the numbers of the documents are a column, and the rows'
+fingerprints are computed by our function. "First pass" is a new reader, which compares every shard's SHA-256 before it
+uses it, as a run does; "later passes" has done so. Peers read random rows, as a sampler that shuffles asks for them,
+one at a time and stacked, or a batch at a time; and in stored order, where nothing is left to mix and rows only have
+to be copied. The arrow format gives tables; where it says so they are made into the int64 tensor that a model wants.
 
 Then a consumer takes our batches at the pace of eight H100s with 28,700 tokens/s each, all rows in one process, and
 sleeps in between; data wait is the share of the time that `Loader.waited` sums up, from the second step on.
@@ -54,6 +55,9 @@ TORCH = "`datasets`, torch format, random rows, a batch at a time"
 TORCH_STORED = "`datasets`, torch format, stored order, a batch at a time"
 ARROW_ROW = "`datasets`, arrow format, random rows, one at a time, made tensors"
 ARROW = "`datasets`, arrow format, random rows, a batch at a time, made tensors"
+TORCH_SAME = "the same work: torch format, random rows, one at a time, numbers of documents, fingerprints"
+ARROW_SAME = "the same work: arrow format, random rows, one at a time, numbers of documents, fingerprints"
+BATCH_SAME = "the same work: torch format, random rows, a batch at a time, numbers of documents, fingerprints"
 ARROW_TABLES = "`datasets`, arrow format, stored order, tables: no token is touched"
 STATEFUL, STATEFUL_WORKERS = "StatefulDataLoader, random rows, no worker", "StatefulDataLoader, random rows, 2 workers"
 
@@ -104,12 +108,20 @@ def write_arrow(folder: Path, order: RowOrder, sources: list[Source]) -> Any:
 
     width, tapes = order.sequence_length + 1, [Tape(source, 0) for source in sources]
     batches = []
+
+    def lists(parts: list[np.ndarray]) -> Any:
+        values = pyarrow.array(np.concatenate(parts))
+        offsets = pyarrow.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
+        return pyarrow.ListArray.from_arrays(offsets, values)
+
     for start in range(0, order.steps * order.batch_rows, 1000):
         rows = zip(*order.rows(start, min(start + 1000, order.steps * order.batch_rows)), strict=True)
-        values = np.concatenate([tapes[source].read(int(place), width).tokens for source, place in rows])
-        offsets = pyarrow.array(np.arange(0, len(values) + 1, width, dtype=np.int32))
-        lists = pyarrow.ListArray.from_arrays(offsets, pyarrow.array(values, pyarrow.int32()))
-        batches.append(pyarrow.record_batch({"input_ids": lists}))
+        pieces = [tapes[source].read(int(place), width) for source, place in rows]
+        columns = {
+            "input_ids": lists([piece.tokens for piece in pieces]),
+            "document_ids": lists([piece.document_ids for piece in pieces]),
+        }
+        batches.append(pyarrow.record_batch(columns))
     datasets.disable_progress_bars()
     datasets.Dataset(datasets.table.InMemoryTable(pyarrow.Table.from_batches(batches))).save_to_disk(str(folder))
     return datasets.load_from_disk(str(folder))
@@ -122,7 +134,8 @@ class Sides:
         self.order, self.sources = order, sources
         self.tapes = [Tape(source, 0) for source in sources]
         stored = write_arrow(folder, order, sources)
-        self.torch, self.arrow = stored.with_format("torch"), stored.with_format("arrow")
+        self.torch, self.arrow = (stored.with_format(name, columns=["input_ids"]) for name in ("torch", "arrow"))
+        self.torch_same, self.arrow_same = stored.with_format("torch"), stored.with_format("arrow")
         self.latencies: dict[str, list[float]] = {}
 
     def consume(self, name: str, batches: Iterable[Any], use: Callable[[Any], object]) -> None:
@@ -162,38 +175,61 @@ class Sides:
                 self.torch, self.order.batch_rows, shuffle=True, drop_last=True, num_workers=workers
             )
 
-    def as_tensor(self, table: Any) -> Tensor:
+    def as_tensor(self, table: Any, name: str = "input_ids") -> Tensor:
         """(rows * (length + 1),) int64"""
-        chunks = [chunk.flatten().to_numpy() for chunk in table["input_ids"].chunks]
+        chunks = [chunk.flatten().to_numpy() for chunk in table[name].chunks]
         return torch.from_numpy(np.concatenate(chunks).astype(np.int64))
+
+    def same_work(self, source: Any, take: Callable[[Any, str], Tensor]) -> Iterator[Tensor]:
+        """Rows one at a time, stacked, with the numbers of their documents, and fingerprints."""
+        for numbers in self.random():
+            rows = [source[number] for number in numbers]
+            tokens, documents = (
+                torch.stack([take(row, name) for row in rows]) for name in ("input_ids", "document_ids")
+            )
+            fingerprint(tokens)
+            self.check(documents)
+            yield tokens
+
+    def same_work_in_batches(self) -> Iterator[Tensor]:
+        for numbers in self.random():
+            batch = self.torch_same[numbers]
+            tokens, documents = ids(batch), ids(batch, "document_ids")
+            fingerprint(tokens)
+            self.check(documents)
+            yield tokens
+
+    def check(self, batch: Any) -> None:
+        wanted = (self.order.batch_rows, self.order.sequence_length + 1)
+        if batch.shape != wanted or batch.dtype != torch.int64:
+            sys.exit(f"{batch.shape} {batch.dtype} instead of {wanted} int64")
 
     def all(self) -> dict[str, Callable[[], None]]:
         wanted = (self.order.batch_rows, self.order.sequence_length + 1)
-
-        def check(batch: Any) -> None:
-            if batch.shape != wanted or batch.dtype != torch.int64:
-                sys.exit(f"{batch.shape} {batch.dtype} instead of {wanted} int64")
-
-        def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack(rows)
-
-        def ids(batch: Any) -> Tensor:
-            return batch["input_ids"][:]  # a column that is read when it is asked for, or a tensor
-
         arrow, tensors = self.arrow, self.torch
         makers: dict[str, Callable[[], Iterable[Any]]] = {
             FIRST: lambda: self.ours([Tape(source, 0) for source in self.sources]),
             LATER: lambda: self.ours(self.tapes),
-            TORCH_ROW: lambda: (stack([tensors[i]["input_ids"] for i in rows]) for rows in self.random()),
+            TORCH_ROW: lambda: (torch.stack([tensors[i]["input_ids"] for i in rows]) for rows in self.random()),
             TORCH: lambda: (ids(tensors[rows]) for rows in self.random()),
             TORCH_STORED: lambda: (ids(batch) for batch in self.stored(tensors)),
-            ARROW_ROW: lambda: (stack([self.as_tensor(arrow[i]) for i in rows]) for rows in self.random()),
+            ARROW_ROW: lambda: (torch.stack([self.as_tensor(arrow[i]) for i in rows]) for rows in self.random()),
             ARROW: lambda: (self.as_tensor(arrow[rows]).view(wanted) for rows in self.random()),
             STATEFUL: lambda: (ids(batch) for batch in self.stateful(0)),
             STATEFUL_WORKERS: lambda: (ids(batch) for batch in self.stateful(2)),
+            TORCH_SAME: lambda: self.same_work(self.torch_same, lambda row, name: row[name]),
+            ARROW_SAME: lambda: self.same_work(self.arrow_same, self.as_tensor),
+            BATCH_SAME: self.same_work_in_batches,
         }
-        sides = {name: lambda name=name, make=make: self.consume(name, make(), check) for name, make in makers.items()}
+        sides = {
+            name: lambda name=name, make=make: self.consume(name, make(), self.check) for name, make in makers.items()
+        }
         return {**sides, ARROW_TABLES: lambda: self.consume(ARROW_TABLES, self.stored(arrow), len)}
+
+
+def ids(batch: Any, name: str = "input_ids") -> Tensor:
+    """A column is read when it is asked for; a tensor is there."""
+    return batch[name][:]
 
 
 def open_loader(order: RowOrder, tapes: list[Tape]) -> Loader:

@@ -7,7 +7,7 @@
 The step is forward, backward, clipping and update of `--micro-batches` micro-batches; data are made-up rows that lie on
 the device. After a warm-up, implementations take turns of a few steps in one process, so that a change of the machine's
 speed meets all of them; with `--alternate` only one of them is in memory at a time, built anew for each turn. A few
-more steps run under the profiler for the breakdown. Results are written after each layer count.
+more steps run under the profiler for the breakdown. Results are written after each turn.
 
     ours                the trainer's step: Triton kernels on a GPU, z-loss, guard, fingerprints
     ours_without_wesar  the same without trained scalars
@@ -61,8 +61,9 @@ class Run:
 
     row: Row
     training: measure.Training | None = None
-    seconds: list[float] = field(default_factory=list)
+    turns: list[measure.Turn] = field(default_factory=list)
     failed: bool = False
+    state: int = 0  # bytes of weights, moments and buffers on a GPU
 
     def drop(self) -> None:
         self.training = None
@@ -79,8 +80,8 @@ class Bench:
         self._end = start + options.budget_s
         self._mesh = init_device_mesh(world.device.type, (1,))
 
-    def rows(self) -> Iterator[list[Row]]:
-        """All rows, case by case, the fewest layers first."""
+    def rows(self) -> Iterator[tuple[list[Row], bool]]:
+        """Case by case, the fewest layers first: its rows after each turn, and whether it is done."""
         options = self._options
         for layers in options.layers:
             for recompute in options.activation_checkpoint:
@@ -89,8 +90,9 @@ class Bench:
                     for name in options.impl
                     for compiled in ((False,) if name == "hf_liger" else options.compile)
                 ]
-                self._measure(runs)
-                yield [run.row for run in runs]
+                for _ in self._turns(runs):
+                    yield [run.row for run in runs], False
+                yield [run.row for run in runs], True
                 for run in runs:
                     run.drop()
 
@@ -108,8 +110,8 @@ class Bench:
             "not measured",
         )
 
-    def _measure(self, runs: list[Run]) -> None:
-        """Turn after turn; the order is reversed in every second round."""
+    def _turns(self, runs: list[Run]) -> Iterator[Run]:
+        """Each run whose turn is over, round after round; the order is reversed in every second round."""
         options = self._options
         for turn in range(options.rounds):
             for run in runs if turn % 2 == 0 else reversed(runs):
@@ -121,31 +123,35 @@ class Bench:
                     self._take_turn(run, last=turn == options.rounds - 1)
                 except Exception as problem:  # a peer that fails must not end the run; what failed is in the table
                     run.failed = True
-                    if not run.seconds:
+                    if not run.turns:
                         run.row = dataclasses.replace(run.row, status=_reason(problem))
                     print(f"{results.label(run.row)}: {_reason(problem)}", flush=True)
                     run.drop()
                 if options.alternate:
                     run.drop()
+                yield run
 
     def _take_turn(self, run: Run, last: bool) -> None:
         options, device = self._options, self._world.device
         batches = self._batches()
         if run.training is None:
+            before = measure.allocated(device)
             run.training = self._build(run.row)
             first = measure.warm_up(run.training, batches, options.warmup, device)
+            run.state = measure.allocated(device) - before
             if run.row.first_step_s is None:
                 run.row = dataclasses.replace(run.row, first_step_s=first)
-        memory = measure.PeakMemory(device)
+        memory, others = measure.PeakMemory(device), measure.allocated(device) - run.state
         steps = -(-options.steps // options.rounds)
-        run.seconds += measure.step_seconds(run.training, batches, steps, device)
-        run.row = self._timed(run, memory.bytes() / 2**30)
+        run.turns.append(measure.take_turn(run.training, batches, steps, device))
+        run.row = self._timed(run, (memory.bytes() - others) / 2**30)
         if last and options.profile_steps:
             run.row = self._profiled(run, batches)
         print(f"{run.row.layers} layers, {results.label(run.row)}: {run.row.ms:.2f} ms", flush=True)
 
     def _timed(self, run: Run, peak: float) -> Row:
-        least, low, median, high = measure.quartiles(run.seconds)
+        seconds = [second for turn in run.turns for second in turn.seconds]
+        least, low, median, high = measure.quartiles(seconds)
         return dataclasses.replace(
             run.row,
             status="measured",
@@ -153,7 +159,9 @@ class Bench:
             ms_min=1e3 * least,
             ms_p25=1e3 * low,
             ms_p75=1e3 * high,
-            steps=len(run.seconds),
+            steps=len(seconds),
+            turns_ms=tuple(1e3 * measure.quartiles(turn.seconds)[2] for turn in run.turns),
+            processor_ms=1e3 * measure.quartiles([turn.processor for turn in run.turns])[2],
             tokens_per_s=run.row.tokens / median,
             peak_gib=max(peak, run.row.peak_gib or 0.0),
         )
@@ -272,13 +280,14 @@ def describe(options: argparse.Namespace, model: ModelConfig, device: torch.devi
     machine = describe_machine(device, *rates)
     peak = device_peak(machine.device) if device.type == "cuda" else None
     known = "data sheet, dense bfloat16" if peak else "a large matrix product, measured here"
-    return Setting(model, options.model, peak or rates[1], known, hugging_face.versions(), machine)
+    return Setting(model, options.model, peak or rates[1], known, hugging_face.versions(device), machine)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; 1 if one of our own cases failed."""
     start = time.monotonic()
     options = read_arguments(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
     world = process.start()
     with tempfile.TemporaryDirectory() as folder:
         if options.peers:
@@ -286,10 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setting = describe(options, PRESETS[options.model], world.device)
         rows: list[Row] = []
         files: list[Path] = []
-        for case in Bench(options, world, setting, start).rows():
-            rows += case
-            files = results.write(options.out, setting, rows)
-            print(results.markdown(setting, case), flush=True)
+        for case, done in Bench(options, world, setting, start).rows():
+            files = results.write(options.out, setting, rows + case)
+            if done:
+                rows += case
+                print(results.markdown(setting, case), flush=True)
     if options.plot:
         files += results.plot(options.out, setting, rows)
     print("\n".join(f"wrote {path}" for path in files))

@@ -160,9 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder, "job.toml")
         debug = ROOT / "train_configs/debug.toml"
-        job.write_text(
-            JOB.format(debug=debug, folder=folder, steps=options.steps, window=WINDOW), encoding="utf-8"
-        )
+        job.write_text(JOB.format(debug=debug, folder=folder, steps=options.steps, window=WINDOW), encoding="utf-8")
         config = configuration.load(job).config
         ensure_prepared(config, print)
         Learner.train_step = lambda *arguments, **more: watch(*arguments, **more)  # ty: ignore

@@ -108,6 +108,17 @@ def test_the_environment_keeps_what_the_user_set_and_adds_what_workers_need(star
     assert worker_environment(start(NPROC="4"), MACHINE, RecoverySection(), Path("run"), {})["OMP_NUM_THREADS"] == "16"
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_set_on_gpus_unless_the_user_has_set_it(name: str, start) -> None:
+    def environment(machine: Machine, given: dict[str, str]) -> dict[str, str]:
+        found = worker_environment(start(), machine, RecoverySection(), Path("run"), given)
+        return {key: value for key, value in found.items() if "ALLOC" in key}
+
+    assert environment(MACHINE, {}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert environment(MACHINE, {name: "max_split_size_mb:64"}) == {name: "max_split_size_mb:64"}
+    assert environment(Machine(accelerators=0, device="CPU", memory=2**36, cores=64), {}) == {}
+
+
 def plan(batch: int = 8, data_replicate: int = 1, data_shard: int = -1) -> Plan:
     section = ParallelSection(compute_dtype="float32", data_replicate=data_replicate, data_shard=data_shard)
     return Plan(configuration(phase("a", "3 steps", {"x": 1.0}, batch=batch, parallel=section)))

@@ -102,6 +102,8 @@ def _launch(
     check_sources_there(config)
     if config.monitor.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("monitor.tensorboard: the package tensorboard is missing; install it or set the key to false")
+    if config.monitor.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("monitor.wandb_project: the package wandb is missing; pip install wandb, or remove the key")
     again = shlex.join(["./run_train.sh", "--config", config_name, *overrides])
     print(f"to go on after a stop or a crash, the same command: {again}")
     if machine.accelerators and start.processes > machine.accelerators:

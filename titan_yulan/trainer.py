@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import store
-from titan_yulan.checkpoint.layout import Checkpoint, open_checkpoint, remove_leftovers, step_folder
+from titan_yulan.checkpoint.layout import Checkpoint, open_checkpoint, step_folder
 from titan_yulan.checkpoint.resume import (
     check_resume,
     check_start,
@@ -37,7 +37,7 @@ from titan_yulan.curriculum.controller import MixtureController
 from titan_yulan.curriculum.ledger import ledger, ledger_lines
 from titan_yulan.curriculum.plan import PhasePlan
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.eval.generate import generate
+from titan_yulan.eval.sample import continue_prompt
 from titan_yulan.inputs import RunInputs
 from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.learner import Learner
@@ -47,9 +47,9 @@ from titan_yulan.monitor.metrics import write_status
 from titan_yulan.monitor.profile import Profile, communication_share
 from titan_yulan.monitor.recorder import Recorder
 from titan_yulan.monitor.recovery import GoBack, Recovery
+from titan_yulan.monitor.run_folder import enter_run_folder
 from titan_yulan.monitor.settling import Settling
 from titan_yulan.monitor.watchdog import Watchdog
-from titan_yulan.parallel.launched import DEVICE_VARIABLE, STOP_FILE
 from titan_yulan.parallel.nodes import StepTimes, check_nodes
 from titan_yulan.parallel.process import World
 from titan_yulan.parallel.stopping import StopRequests
@@ -81,18 +81,13 @@ class Trainer:
         """
         self.config, self.world, self.allow_changes = config, world, allow_changes
         self.folder = run_folder(config)
-        self.say = print if world.is_main else _silent
+        self.say = print if world.is_main else lambda *_: None
         self.stop, self.watchdog = stop, watchdog
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         if world.is_main:
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if DEVICE_VARIABLE not in os.environ:
-                (self.folder / STOP_FILE).unlink(missing_ok=True)  # the launcher has done that before it could be asked
-            write_status(self.folder, "running", 1)
-            for leftover in remove_leftovers(self.folder / "checkpoints"):
-                self.say(f"removed {leftover}: a save that did not finish")
+            enter_run_folder(self.folder, self.say)
         self.profile = Profile(config, self.folder, world, partial(self._tell, "trace"))
         dist.barrier(group=world.host)  # nothing on the devices before they were looked at
         check_nodes(world, self.say)
@@ -227,11 +222,11 @@ class Trainer:
                         values = self.learner.train_step(self.step, batches, between=self._poll)
                 self.step += 1
                 self.step_times.add(loader.waited)
-                if self.recorder.record(self.step, values, loader.waited):
+                printed = self.recorder.record(self.step, values, loader.waited)
+                if printed:
                     self._check_records()
                     self._compare_ranks()
-                    self.garbage.collect()
-                self.settling.after(self.step)
+                self.settling.after(self.step, printed)
                 if self.step < phase.end.step and self.controller.due(self.step):
                     self._adjust_mixture()
                 self._validate_if_due()
@@ -396,23 +391,9 @@ class Trainer:
     def close(self, outcome: str) -> None:
         """The sampled continuation of a finished run, the last words, and the record's end."""
         if outcome == "finished" and self.config.eval.prompt:
-            tokenizer = self.inputs.tokenizer
-            with self.watchdog.patient("the sample at the end"):
-                ids = generate(
-                    self.learner.decoder,
-                    tokenizer.encode(self.config.eval.prompt),
-                    new_tokens=self.config.eval.new_tokens,
-                    eos_id=tokenizer.eos_id,
-                    vocab_size=tokenizer.vocab_size,
-                    context=self.plan.phases[-1].sequence_length,
-                    seed=self.config.run.seed,
-                    device=self.world.device,
-                )
-            self.recorder.sample(self.step, self.config.eval.prompt, tokenizer.decode(ids))
+            with self.watchdog.patient("the sample at the end"), self.recorder.spending("validation"):
+                text = continue_prompt(self.learner.decoder, self.inputs.tokenizer, self.config, self.world.device)
+            self.recorder.sample(self.step, self.config.eval.prompt, text)
         self.recorder.close(outcome)
         if self.world.is_main:
             write_status(self.folder, outcome, 0 if outcome == "finished" else 75, step=self.step)
-
-
-def _silent(*_: object) -> None:
-    pass

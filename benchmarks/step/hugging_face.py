@@ -78,12 +78,15 @@ class HuggingFaceTraining:
         return total
 
 
-def versions() -> str:
+def versions(device: torch.device) -> str:
     """Of transformers and liger-kernel, for the table."""
-    found = []
-    for name in ("transformers", "liger-kernel"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} not installed")
-    return ", ".join(found)
+    if device.type != "cuda":
+        return f"transformers {_version('transformers')} without liger-kernel, whose kernels need a GPU"
+    return f"transformers {_version('transformers')}, liger-kernel {_version('liger-kernel')}"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -6,6 +6,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -48,22 +49,36 @@ def warm_up(training: Training, batches: list[Tensor], steps: int, device: torch
     return first
 
 
-def step_seconds(training: Training, batches: list[Tensor], steps: int, device: torch.device) -> list[float]:
-    """Seconds of each of `steps` steps that follow each other without a wait between them; garbage is collected before
-    and not during them. One more step goes before."""
+@dataclass(frozen=True)
+class Turn:
+    """Some steps in a row: seconds of each, and processor seconds of this process for one step. On a GPU the latter are
+    what the host needs to launch a step; on a CPU they hardly grow when others use the machine."""
+
+    seconds: list[float]
+    processor: float
+
+
+def take_turn(training: Training, batches: list[Tensor], steps: int, device: torch.device) -> Turn:
+    """`steps` steps that follow each other without a wait between them, after one that does not count. Garbage is
+    collected before and not during them."""
     gc.collect()
     gc.disable()
     try:
         training.step(batches)
-        if device.type == "cuda":
-            return _on_gpu(training, batches, steps)
-        marks = [time.perf_counter()]
-        for _ in range(steps):
-            training.step(batches)
-            marks.append(time.perf_counter())
-        return [end - start for start, end in pairwise(marks)]
+        synchronize(device)
+        processor = time.process_time()
+        seconds = (_on_gpu if device.type == "cuda" else _on_cpu)(training, batches, steps)
+        return Turn(seconds, (time.process_time() - processor) / steps)
     finally:
         gc.enable()
+
+
+def _on_cpu(training: Training, batches: list[Tensor], steps: int) -> list[float]:
+    marks = [time.perf_counter()]
+    for _ in range(steps):
+        training.step(batches)
+        marks.append(time.perf_counter())
+    return [end - start for start, end in pairwise(marks)]
 
 
 def _on_gpu(training: Training, batches: list[Tensor], steps: int) -> list[float]:
@@ -74,6 +89,11 @@ def _on_gpu(training: Training, batches: list[Tensor], steps: int) -> list[float
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)]
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes that PyTorch holds on a GPU now; 0 on a CPU, where it does not count them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 class PeakMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,9 +36,11 @@ class Row:
     ms_p25: float | None = None
     ms_p75: float | None = None
     steps: int | None = None
+    turns_ms: tuple[float, ...] = ()  # median of each turn
+    processor_ms: float | None = None  # of the process, for one step; on a GPU what the host needs to launch it
     tokens_per_s: float | None = None
     first_step_s: float | None = None  # with compilation, if it was not done before
-    peak_gib: float | None = None
+    peak_gib: float | None = None  # on a GPU of this implementation alone, on a CPU of the process
     profiled_ms: float | None = None
     communication_ms: float | None = None  # also behind computation
     parts: dict[str, float] = field(default_factory=dict)  # milliseconds of a profiled step by category
@@ -86,7 +89,6 @@ def extrapolate(points: Sequence[tuple[int, float]], layers: int) -> tuple[float
 
 def write(folder: Path, setting: Setting, rows: Sequence[Row]) -> list[Path]:
     """`step.csv` and `step.md`, written anew with all rows so far."""
-    folder.mkdir(parents=True, exist_ok=True)
     names = [item.name for item in dataclasses.fields(Row) if item.name != "parts"]
     shares = [f"mfu_{name}" for name in FORMULAS]
     machine = {**dataclasses.asdict(setting.machine), "model": setting.model_name, "peers": setting.peers}
@@ -94,7 +96,7 @@ def write(folder: Path, setting: Setting, rows: Sequence[Row]) -> list[Path]:
         writer = csv.DictWriter(file, [*names, *shares, *(f"ms {name}" for name in CATEGORIES), *machine])
         writer.writeheader()
         for row in rows:
-            values = {name: getattr(row, name) for name in names}
+            values = {name: getattr(row, name) for name in names} | {"turns_ms": " ".join(map(_number, row.turns_ms))}
             if row.tokens_per_s is not None:
                 found = (setting.utilization(n, row.layers, row.sequence_length, row.tokens_per_s) for n in FORMULAS)
                 values |= dict(zip(shares, found, strict=True))
@@ -144,19 +146,27 @@ def label(row: Row) -> str:
     return row.implementation + (", compiled" if row.compiled else ", eager")
 
 
+def ratio(row: Row, rows: Sequence[Row]) -> float | None:
+    """Time over that of ours (compiled alike, where there is one): the median of the ratios of turns that followed each
+    other, so that a machine which gets slower or faster meanwhile favours nobody."""
+    ours = [other for other in rows if other.implementation == OURS and other.turns_ms]
+    ours.sort(key=lambda other: other.compiled != row.compiled)
+    if not ours or not row.turns_ms:
+        return None
+    return statistics.median(mine / theirs for mine, theirs in zip(row.turns_ms, ours[0].turns_ms, strict=False))
+
+
 def _times(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row.ms is None:
-            lines.append([label(row), row.status, *[""] * 7])
+            lines.append([label(row), row.status, *[""] * 8])
             continue
-        base = next((r.ms for r in rows if r.implementation == OURS and r.ms and r.compiled == row.compiled), None)
-        base = base or next((r.ms for r in rows if r.implementation == OURS and r.ms), None)
         numbers = [row.ms, row.ms_min, row.ms_p25, row.ms_p75, row.tokens_per_s]
-        ratio = "" if base is None else f"{row.ms / base:.3f}"
-        rest = [_number(row.peak_gib), _number(row.first_step_s)]
-        lines.append([label(row), *map(_number, numbers), ratio, *rest])
-    head = ["implementation", "ms", "min", "25 %", "75 %", "tokens/s", "time / ours", "peak GiB", "first step, s"]
+        rest = [ratio(row, rows), row.processor_ms, row.peak_gib, row.first_step_s]
+        lines.append([label(row), *map(_number, [*numbers, *rest])])
+    head = ["implementation", "ms", "min", "25 %", "75 %", "tokens/s", "time / ours"]
+    head += ["processor ms", "peak GiB", "first step, s"]
     return _table(head, lines)
 
 
@@ -182,31 +192,33 @@ def _parts(rows: Sequence[Row]) -> list[str]:
 
 
 def _full(setting: Setting, rows: Sequence[Row]) -> list[str]:
-    """Time per layer and the whole depth, where two layer counts were measured."""
-    full, lines = setting.model.num_hidden_layers, []
-    for key in dict.fromkeys((label(row), *row.place[1:]) for row in rows):
-        mine = [row for row in rows if (label(row), *row.place[1:]) == key and row.ms is not None]
+    """Time per layer, and at the whole depth where that was not measured itself."""
+    full, lines, bases = setting.model.num_hidden_layers, [], dict[object, float]()
+    for key in dict.fromkeys((row.place[1:], row.implementation, row.compiled) for row in rows):
+        mine = [row for row in rows if (row.place[1:], row.implementation, row.compiled) == key and row.ms is not None]
         found = extrapolate([(row.layers, row.ms or 0.0) for row in mine], full)
-        if found is None or found[2] <= 0:
+        if found is None or any(row.layers == full for row in mine):
             continue
+        first, counts = mine[0], ", ".join(str(row.layers) for row in mine)
+        case = (
+            f"{label(first)}, {first.micro_batches} x {first.rows} rows of {first.sequence_length}, {first.recompute}"
+        )
         each, rest, whole = found
-        rate = mine[0].tokens / whole * 1e3
-        counts = ", ".join(str(row.layers) for row in mine)
-        shares = (f"{setting.utilization(n, full, mine[0].sequence_length, rate):.1%}" for n in FORMULAS)
-        name = f"{key[0]}, {key[3]} x {key[2]} rows of {key[1]}, {key[5]}"
-        lines.append([name, counts, *map(_number, (each, rest, whole, rate)), *shares])
+        if each <= 0:
+            lines.append([case, counts, "not above 0: noise", *[""] * (4 + len(FORMULAS))])
+            continue
+        if first.implementation == OURS:
+            bases[first.place[1:], first.compiled] = whole
+        alike = (bases.get((first.place[1:], compiled)) for compiled in (first.compiled, not first.compiled))
+        base, rate = next(filter(None, alike), None), first.tokens / whole * 1e3
+        over = "" if base is None else _number(whole / base)
+        shares = (f"{setting.utilization(n, full, first.sequence_length, rate):.1%}" for n in FORMULAS)
+        lines.append([case, counts, *map(_number, (each, rest, whole, rate)), over, *shares])
     if not lines:
         return []
-    head = ["case", "layers measured", "ms a layer", "ms without", f"ms at {full}", "tokens/s", *FORMULAS]
-    title = f"## Extrapolated to {full} layers"
-    return [
-        "",
-        title,
-        "",
-        "A straight line through the layer counts; not measured at that depth.",
-        "",
-        *_table(head, lines),
-    ]
+    head = ["case", "layers", "ms a layer", "ms without", f"ms at {full}", "tokens/s", "time / ours", *FORMULAS]
+    text = "A straight line through the layer counts; not measured at that depth."
+    return ["", f"## Extrapolated to {full} layers", "", text, "", *_table(head, lines)]
 
 
 def plot(folder: Path, setting: Setting, rows: Sequence[Row]) -> list[Path]:

@@ -27,11 +27,11 @@ from tests.checkpoint.universal_folders import (
     write_universal,
 )
 from tests.curriculum.making import phase, segment
-from titan_yulan.checkpoint.resume import Resume, check_resume, check_start, make_plan
+from titan_yulan.checkpoint.published import check_published, open_published, plan_from
+from titan_yulan.checkpoint.resume import check_start, make_plan
 from titan_yulan.checkpoint.universal import check_universal, is_universal, open_universal, read_progress
 from titan_yulan.checkpoint.universal_state import load_universal, read_step
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.plan import Plan
 from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.model import Decoder
@@ -150,44 +150,40 @@ def test_counters_of_another_step_are_refused(folder: Path) -> None:
         make_plan(begin_from(folder), None)
 
 
-def after_others(path: Path, *lengths: int) -> RunConfig:
-    """Phases of so many steps before the one that begins from `path` and goes on with their learning rate."""
-    config = begin_from(path)
+def after_others(*lengths: int) -> RunConfig:
+    """Phases of so many steps before one that goes on with their learning rate."""
+    config = run_config(MODEL)
     rate = (segment("linear", 0.0, 1.0, "10 steps"),)
     before = [phase(f"phase {i}", f"{n} steps", {"x": 1.0}, lr=() if i else rate) for i, n in enumerate(lengths)]
     return replace(config, phases=(*before, *config.phases), first_phase=len(lengths))
 
 
 def test_phases_before_it_count_as_trained(folder: Path) -> None:
-    config = after_others(folder, 4, 1)
-    plan, expected = make_plan(config, None), Plan(config)
+    config = after_others(4, 1)
+    plan = plan_from(config, folder, 2)
     first = plan.phases[2]
-    assert first.start == expected.phases[2].start == Position(GLOBAL_STEP, 40, 640)
+    assert first.start == Position(GLOBAL_STEP, 40, 640) and plan.phases[0].start == Position(0, 0, 0)
     assert first.tape_start == (640,) and plan.end.step == GLOBAL_STEP + 2
     # 1.0 is the peak: five of the ten steps of the warm-up lie behind
     assert [plan.learning_rate(step) for step in (5, 6)] == [0.5, pytest.approx(0.6)]
-    assert check_resume(config, plan, None) == Resume(GLOBAL_STEP, False, [])
-    line, note = check_start(config)
-    assert "begins with it at step 5, token 640 as if the 2 phases before" in line
-    assert note == f"note: its trainer counted 1 epochs, and there are 2 phases here before phase {first.name!r}"
+    line, note = check_published(config, open_published(folder), 2)
+    assert line.endswith("begins with it at step 5, token 640 as if the 2 phases before 'anneal' had been trained here")
+    assert note == "note: its trainer counted 1 epochs, and there are 2 phases here before phase 'anneal'"
     edit(folder / "trainer_state.json", epoch=1.99, num_input_tokens_seen=1234)
-    assert (
-        check_start(config)[1]
-        == f"note: its trainer counted 1,234 tokens, and there are 640 here before phase {first.name!r}"
-    )
-    assert check_start(after_others(folder, 3, 2))[2].startswith(
-        "note: its trainer counted 4 steps before its last phase, and there are 3 here before "
-    )
+    _, note = check_published(config, open_published(folder), 2)
+    assert note == "note: its trainer counted 1,234 tokens, and there are 640 here before phase 'anneal'"
+    _, _, note = check_published(after_others(3, 2), open_published(folder), 2)
+    assert note.startswith("note: its trainer counted 4 steps before its last phase, and there are 3 here before ")
 
 
 def test_a_state_that_does_not_end_the_phases_before_is_refused(folder: Path) -> None:
     for lengths, place in {(4,): "1 steps into phase 'anneal'", (4, 3): "1 steps into phase 'phase 1'"}.items():
-        config = after_others(folder, *lengths)
-        with pytest.raises(UserError, match=f"is at step 5, {place}, and phase .* begins at step {sum(lengths)}. Name"):
-            make_plan(config, None)
-        assert "or begin a run with phase" in refusal(config) and refusal(config).endswith(" alone: --phase.after=")
+        told = f"is at step 5, {place}, and phase 'anneal' begins at step {sum(lengths)}. Name .* --phase.after=$"
+        with pytest.raises(UserError, match=told):
+            check_published(after_others(*lengths), open_published(folder), len(lengths))
     edit(folder / "trainer_state.json", global_step=0)
-    assert "says global_step 0 in trainer_state.json, so it is not known to" in refusal(after_others(folder, 4, 1))
+    with pytest.raises(UserError, match=r"says global_step 0 in trainer_state.json, so it is not known to come after"):
+        plan_from(after_others(4, 1), folder, 2)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tests.distributed.layout_cases import TAPES, Case, disturb, run_config
 from titan_yulan.config.sections import MonitorSection, RunConfig
 from titan_yulan.curriculum.plan import Plan
 from titan_yulan.learner import Learner
+from titan_yulan.monitor import magnitudes
 from titan_yulan.monitor.statistics import Statistics
 from titan_yulan.parallel.compile import CompileWatch
 from titan_yulan.parallel.process import World
@@ -67,12 +68,11 @@ def observe_step(world: World, case: Case, length: int) -> dict[str, Any]:
 
 
 def train(world: World, every: int) -> tuple[list[float], dict[str, Tensor], list[str]]:
-    """Four compiled steps: losses, weights, and what was compiled after the first."""
-    torch.compiler.reset()
+    """Three compiled steps: losses, weights, and what was compiled after the first."""
     learner, watch = make_learner(statistics_config(COMPILED, 28, every), world), CompileWatch()
     losses, late = [], []
     with learner.loader(0, TAPES) as loader:
-        for step, batches in zip(range(4), loader, strict=False):
+        for step, batches in zip(range(3), loader, strict=False):
             values = learner.train_step(step, batches)
             losses.append(float(values.totals[0] / values.denominator))
             if step == 0:
@@ -84,5 +84,6 @@ def train(world: World, every: int) -> tuple[list[float], dict[str, Tensor], lis
 
 
 def body(world: World) -> dict[str, Any]:
+    magnitudes._ELEMENTS = 600  # so that some parameters share a bucket, and some are cut
     found: dict[str, Any] = {name: observe_step(world, case, length) for name, (case, length) in CASES.items()}
-    return found | {"off": train(world, 0), "on": train(world, 2), "at once": train(world, 1)}
+    return found | {"off": train(world, 0), "on": train(world, 2)}

@@ -12,10 +12,15 @@ from torch.distributed.tensor import DTensor
 from tests.data.making import BYTES
 from tests.distributed.layout_cases import VOCABULARY, Case, make_learner
 from tests.distributed.ranks import run_ranks
+from tests.eval.small_models import MODEL
+from tests.eval.test_generate_cache import random_decoder
 from titan_yulan.data import hashing
+from titan_yulan.eval.evaluate import Evaluator
+from titan_yulan.eval.find_work import Work
 from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span
-from titan_yulan.eval.requests import Generation
+from titan_yulan.eval.requests import Answer, Choice, Cloze, Generation, Item, Text
 from titan_yulan.eval.share import Share
+from titan_yulan.eval.tasks import METRICS, Task
 from titan_yulan.eval.write import Writer, Written
 from titan_yulan.model import Decoder
 from titan_yulan.parallel.fsdp import reshard
@@ -40,11 +45,34 @@ def spans() -> list[Span]:
 def requests() -> list[Generation]:
     """More and less than a batch for each rank, of which each writes for another time."""
     texts = ["one", "another context, longer", "x", "the same length as", "some more text", "a b", "seven", "0" * 30]
-    return [Generation(str(i), text, ("\x07",), 1 + 5 * (i % 3)) for i, text in enumerate(texts)]
+    return [Generation(str(i), text, ("\x07",), 1 + 2 * (i % 3)) for i, text in enumerate(texts)]
 
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def works() -> list[Work]:
+    """Some of every kind but programs, unequally many for four ranks."""
+    words = "alpha beta gamma delta epsilon zeta eta".split()
+    items: dict[str, list[Item]] = {
+        "choice": [Choice(str(i), (f"q{i} " + "x" * i,) * 3, (" A", " B", " longer"), i % 3, "A:") for i in range(7)],
+        "cloze": [Cloze(word, f"a text {word} that", " goes" + " on" * i) for i, word in enumerate(words)],
+        "text": [Text(word, f"some text {word} " * (i + 1)) for i, word in enumerate(words)],
+        "answer": [Answer(word, f"{word} is", ("\n",), 5 + i, ("2",)) for i, word in enumerate(words)],
+    }
+    return [Work(Task(kind, kind, METRICS[kind], ""), part, "") for kind, part in items.items()]
+
+
+def share_the_work(world: World) -> list[bool]:
+    """Whether this rank's results, with the others' help and a whole model, are to the bit those of one alone."""
+    decoder, share = random_decoder(MODEL), Share(world.rank, world.size, world.host)
+    same = []
+    for work in works():
+        together = Evaluator(decoder, BYTES, 48, batch_tokens=100, share=share)(work)
+        alone = Evaluator(decoder, BYTES, 48, batch_tokens=100)(work)
+        same.append(replace(together, seconds=0.0) == replace(alone, seconds=0.0))
+    return same
 
 
 Found = list[Likelihood] | list[Written]
@@ -71,8 +99,13 @@ def compare(world: World) -> list[tuple[str, list[Found], list[Found], bool]]:
     return found
 
 
+def compare_all(world: World) -> tuple[list[bool], list[tuple[str, list[Found], list[Found], bool]]]:
+    return share_the_work(world), compare(world)
+
+
 def test_every_layout_gives_the_likelihoods_and_texts_of_one_process() -> None:
-    ranks = run_ranks(compare, 4)
+    shared, ranks = zip(*run_ranks(compare_all, 4, limit=200), strict=True)
+    assert shared == ([True] * 4,) * 4
     for name, together, alone, same in ranks[0]:
         assert same, name
         assert together[1] == alone[1] and len({written.text for written in alone[1]}) > 4, name

@@ -1,4 +1,4 @@
-"""Everything that other tools must accept, in one go (about nine minutes on two idle cores, three of them training):
+"""Everything that other tools must accept, in one go:
 
     python -m tests.end_to_end.interoperability DIR [--run RUN] [--lm-eval PYTHON]
 

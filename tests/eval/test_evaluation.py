@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import signal
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ import torch.distributed.checkpoint as dcp
 
 from tests.checkpoint.making import make_state
 from tests.data.making import BYTES, make, write_files
-from tests.distributed.ranks import run_ranks
 from tests.eval.small_models import CONFIG
 from titan_yulan import cli, config
 from titan_yulan.checkpoint import layout
@@ -24,15 +26,15 @@ from titan_yulan.checkpoint.files import HashingWriter
 from titan_yulan.data.source import Source
 from titan_yulan.data.tokenizer import save_ranks
 from titan_yulan.errors import UserError
+from titan_yulan.eval import evaluation
 from titan_yulan.eval.evaluate import Evaluator
-from titan_yulan.eval.find_work import Work, find_work
+from titan_yulan.eval.evaluation import Settings
+from titan_yulan.eval.find_work import Work, documents, find_work
 from titan_yulan.eval.load import load_decoder
 from titan_yulan.eval.requests import Answer, read_requests
 from titan_yulan.eval.sandbox import check_sandbox
-from titan_yulan.eval.share import Share
 from titan_yulan.eval.tasks import Task
 from titan_yulan.model import Decoder
-from titan_yulan.parallel.process import World
 
 REQUESTS: dict[str, list[dict[str, Any]]] = {
     "arc_easy": [
@@ -165,7 +167,7 @@ def test_phases_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         (("--tasks", "humaneval"), "allow it with --execute-code"),
         (("--tasks", "gsm8k", "--context", "5"), "may write 5 tokens, and the model reads 5: lower --max-new-tokens"),
         (("--tasks", "arc_easy", "--context", "65"), "--context 65: the model of"),
-        (("--tasks", "arc_easy", "--limit", "0"), "--limit 0: at least 1"),
+        (("--tasks", "arc_easy", "--limit", "0"), "--limit 0: give at least 1"),
         (("--tasks", ","), "--tasks names no task"),
         (("--tasks", "arc_easy", "--against", "x"), "--against goes with --series"),
         (("--tasks", "csqa"), "there are no requests of csqa"),
@@ -209,17 +211,63 @@ def test_programs_are_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert report(run)["models"][0]["tasks"]["humaneval"]["metrics"] == {"pass@1": 0.5}
 
 
-def share_the_work(world: World, run: Path) -> list[bool]:
-    """Whether this rank's results of every kind, with the other's help, are those of a process alone."""
+def killed_at(line: str, run: Path, settings: Settings) -> None:
+    """Evaluate in a process that is killed where it would say `line`."""
+
+    def say(said: str) -> None:
+        if said == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            evaluation.evaluate(run, settings, say)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("arc_easy", "lambada", "gsm8k")
+    settings = Settings(names, requests=run / "requests", output=tmp_path / "report")
+    killed_at("gsm8k: 5 requests", run, settings)
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["finished.jsonl"]
+    with (tmp_path / "report" / "finished.jsonl").open("a") as file:
+        file.write('{"of": {"mod')  # cut off
+    done: list[str] = []
+    call = Evaluator.__call__
+    monkeypatch.setattr(Evaluator, "__call__", lambda self, work: done.append(work.task.name) or call(self, work))
+    other = evaluation.evaluate(run, replace(settings, context=40), lambda line: None)  # asks for something else
+    assert done == [*names] and other.facts["context"] == 40
+    killed_at("gsm8k: 5 requests", run, settings)
+    done.clear()
+    found = evaluation.evaluate(run, settings, lambda line: None)
+    assert done == ["gsm8k"] and not (tmp_path / "report" / "finished.jsonl").exists()
+    whole = evaluation.evaluate(run, replace(settings, output=None), lambda line: None)
+    assert done == ["gsm8k", *names]
+    for mine, other_result in zip(found.results, whole.results, strict=True):
+        assert json.dumps(asdict(replace(mine, seconds=0.0))) == json.dumps(asdict(replace(other_result, seconds=0.0)))
+
+
+def test_of_chats_only_the_answers_count(run: Path, tmp_path: Path) -> None:
+    chat = [("user", "1 + 1?"), ("assistant", "two"), ("user", "and 2 + 2?"), ("assistant", "four")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]}, {"text": "plain"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make([str(tmp_path / "chats.jsonl")], tmp_path / "chats", minimum_tokens=0)
+    source = Source.open(tmp_path / "chats")
+    items = documents(source, None)
+    parts = sorted(
+        tuple(BYTES.decode(item.ids[first:end]) for first, end in item.parts)  # type: ignore[index,union-attr]
+        for item in items
+    )
+    assert parts == [("plain",), ("two\n\n", "four")]
     decoder = load_decoder(run)[0]
-    same = []
-    for work in works(run, ["arc_easy", "lambada", "texts", "gsm8k"]):
-        share = Share(world.rank, world.size, world.host)
-        together = Evaluator(decoder, BYTES, 48, batch_tokens=100, share=share)(work)
-        alone = Evaluator(decoder, BYTES, 48, batch_tokens=100)(work)
-        same.append(replace(together, seconds=0.0) == replace(alone, seconds=0.0))
-    return same
-
-
-def test_ranks_give_the_results_of_one_process_to_the_bit(run: Path) -> None:
-    assert run_ranks(share_the_work, 2, run) == [[True] * 4] * 2
+    result = Evaluator(decoder, BYTES, 256)(Work(Task("chats", "text", "perplexity", ""), items, ""))
+    expected = []
+    for item in items:
+        ids = [BYTES.eos_id, *item.ids]  # type: ignore[union-attr]
+        for first, end in item.parts:  # type: ignore[union-attr]
+            with torch.no_grad():
+                logits = decoder(torch.tensor([ids[: end + 1]]))[0].log_softmax(-1)
+            expected += [float(logits[place, ids[place + 1]]) for place in range(first, end)]
+    assert result.metrics["tokens"] == len("two\n\nfourplain") == len(expected)
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(-sum(expected) / len(expected)), rel=1e-5)

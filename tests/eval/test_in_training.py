@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,17 @@ from titan_yulan.eval.in_training import TaskEvaluation
 
 
 @pytest.mark.parametrize(
-    ("task", "message"),
-    [("gsm8k", "gsm8k lets the model write"), ("held_out", "leave it out"), ("ceval", "no requests of ceval")],
+    ("keys", "message"),
+    [
+        ({"tasks": ("held_out",)}, "leave it out"),
+        ({"tasks": ("ceval",)}, "no requests of ceval"),
+        ({"tasks": ("humaneval",)}, r"humaneval runs programs .* eval.execute_programs = true"),
+        ({"tasks": ("gsm8k",)}, r"may write 48 tokens, and the model reads 48: lower .*eval.task_new_tokens"),
+    ],
 )
-def test_tasks_that_cannot_be_evaluated_in_training(tmp_path: Path, task: str, message: str) -> None:
-    (tmp_path / "gsm8k.jsonl").write_text('{"context": "1 + 1?", "answer": "2"}')
+def test_tasks_that_cannot_be_evaluated_in_training(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    (tmp_path / "gsm8k.jsonl").write_text('{"context": "1 + 1?", "answer": "2", "max_new_tokens": 48}')
+    (tmp_path / "humaneval.jsonl").write_text('{"context": "x", "test": "pass"}')
     with pytest.raises(UserError, match=message):
-        TaskEvaluation(EvalSection(tasks=(task,), requests=str(tmp_path)), BYTES, 48)
+        TaskEvaluation(EvalSection(requests=str(tmp_path), **keys), BYTES, 48)
+    TaskEvaluation(EvalSection(requests=str(tmp_path), tasks=("gsm8k",), task_new_tokens=47), BYTES, 48)

@@ -107,3 +107,18 @@ def test_three_ways_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.Monk
     assert texts["bits_per_byte"] == pytest.approx(theirs["texts"]["bits_per_byte"], rel=1e-5)
     written = [row["written"] for row in direct["written"].rows]
     assert written == flat(their_samples["written"])
+
+
+def test_a_text_without_a_token_is_as_likely_as_the_hf_model_finds_it(tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance  # pyrefly: ignore[missing-import]
+    from lm_eval.models.huggingface import HFLM  # pyrefly: ignore[missing-import]
+
+    from titan_yulan.eval.lm_eval_adapter import TitanYulan
+
+    write_model(tmp_path, rows=257)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(["", "alpha beta", ""])]
+    theirs = HFLM(pretrained=str(tmp_path), dtype="float32", max_length=128, device="cpu").loglikelihood_rolling(
+        requests
+    )
+    ours = TitanYulan(tmp_path, context=128).loglikelihood_rolling(requests)
+    assert ours == pytest.approx(theirs, rel=1e-5) and theirs[0] == theirs[2] == 0 > theirs[1]

@@ -103,11 +103,12 @@ def test_operators_count_without_what_they_call() -> None:
 
 
 def test_kernels_belong_to_the_operator_that_launched_them() -> None:
-    """Two host threads, two streams, launches through the runtime and the driver, and a kernel that nobody launched."""
+    """Two host threads, two streams, launches through the runtime and the driver, one from a thread that has no
+    operators, and kernels that nobody launched."""
     shapes = {"Input Dims": [[64, HIDDEN], [HIDDEN, 192]]}
     events = [
         event("train_step", 0, 100, "user_annotation"),
-        event("aten::mm", 1, 5, **shapes),
+        event("aten::mm", 1, 5, **shapes, **{"External id": 40}),
         event("cudaLaunchKernel", 2, 1, "cuda_runtime", correlation=7),
         event("autograd::engine::evaluate_function: X", 3, 9, thread=2),
         event("aten::_flash_attention_backward", 4, 5, thread=2),
@@ -115,11 +116,13 @@ def test_kernels_belong_to_the_operator_that_launched_them() -> None:
         event("ampere_gemm", 20, 10, "kernel", thread=70, correlation=7),
         event("a_kernel", 30, 10, "kernel", thread=70, correlation=8),
         event("ncclDevKernel_AllGather", 35, 10, "kernel", thread=71, correlation=9),
+        event("cudaLaunchKernel", 3, 1, "cuda_runtime", thread=3, correlation=11),
+        event("hopper_gemm", 50, 5, "kernel", thread=70, correlation=11, **{"External id": 40}),
         event("Memset", 60, 10, "gpu_memset", thread=70, correlation=10),
         event("train_step", 0, 100, "gpu_user_annotation", thread=70),
     ]
     found = {interval.start: interval.category for interval in intervals(events, SIZES)}
-    assert found == {20: MLP, 30: ATTENTION, 35: COMMUNICATION, 60: ELEMENTWISE}
+    assert found == {20: MLP, 30: ATTENTION, 35: COMMUNICATION, 50: MLP, 60: ELEMENTWISE}
 
 
 @pytest.mark.parametrize(

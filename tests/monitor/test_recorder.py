@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from titan_yulan.errors import RunError
 from titan_yulan.monitor.metrics import read_lines
 from titan_yulan.monitor.recorder import Recorder, StepValues
 from titan_yulan.monitor.recovery import Recovery
+from titan_yulan.monitor.statistics import Statistics
 from titan_yulan.optimizer.guard import FINE, NOT_FINITE
 from titan_yulan.parallel.process import World
 
@@ -155,6 +157,37 @@ def test_going_back_drops_what_comes_again(tmp_path: Path) -> None:
     recorder.flush()
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and lines[-1]["loss"] == 600 / 128
+
+
+def test_statistics_have_lines_of_their_own_that_go_back(tmp_path: Path) -> None:
+    config = replace(CONFIG, monitor=replace(MONITOR, statistics_every=2))
+    world, recovery = (
+        World(0, 2, torch.device("cpu"), cast(Any, None)),
+        Recovery(RecoverySection(), PLAN, tmp_path, True),
+    )
+    recorder = Recorder(config, PLAN, tmp_path, None, world, recovery)
+    for step in range(1, 9):
+        inside = Statistics(("hidden/stream/rms", "update/norms"), torch.tensor([step, math.inf if step == 4 else 0.5]))
+        recorder.record(step, replace(values(), statistics=inside if step % 2 == 0 else None), 0.0)
+    lines = read_lines(tmp_path / "statistics.jsonl")
+    assert [(line["step"], line["tokens"]) for line in lines] == [(2, 256), (4, 512), (6, 768), (8, 1024)]
+    assert lines[0]["values"] == {"hidden/stream/rms": 2.0, "update/norms": 0.5}
+    assert lines[1]["values"] == {"hidden/stream/rms": 4.0, "update/norms": None}
+    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [300 / 128] * 8
+    recorder.rewind(5)
+    assert read_lines(tmp_path / "statistics.jsonl") == lines[:2]
+    assert [line["step"] for line in read_lines(tmp_path / "intervals.jsonl")] == [4]
+    make(tmp_path, step=3)  # a start that measures no statistics takes back those that come no more
+    assert read_lines(tmp_path / "statistics.jsonl") == lines[:1]
+
+
+def test_the_end_accounts_for_what_came_behind_the_last_printed_line(tmp_path: Path) -> None:
+    recorder = make(tmp_path)
+    for step in range(1, 7):
+        recorder.record(step, values(), 0.0)
+    recorder.close("stopped")
+    lines = read_lines(tmp_path / "intervals.jsonl")
+    assert [(line["step"], line["steps"], line["tokens"]) for line in lines] == [(4, 4, 512), (6, 2, 768)]
 
 
 def test_a_full_disk_is_kept_for_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,12 +80,21 @@ def run(tmp_path: Path) -> Path:
         {"step": 20, "tokens": 2560, "tasks": {"<em>task</em>": {"accuracy": 0.5}}},
         {"step": 60, "tokens": 7680, "tasks": {"<em>task</em>": {"accuracy": 0.375}, "late": {"perplexity": 9.0}}},
     ])  # fmt: skip
-    tags = ["hidden/mlp/layer_00/rms", "hidden/mlp/layer_03/rms", "hidden/mlp/layer_03/mean", "update/<a>"]
+    tags = [
+        "hidden/mlp_output/layer_00/rms",
+        "hidden/mlp_output/layer_03/rms",
+        "hidden/mlp_output/layer_03/mean",
+        "update/<a>",
+    ]
     values = {tag: 0.5 + index for index, tag in enumerate(tags)}
     write(folder, "statistics.jsonl", [{"step": s, "tokens": 128 * s, "values": values} for s in (10, 20, 30)])
     write(folder, "intervals.jsonl", [
         {"step": s, "tokens": 128 * s, "steps": 30, "seconds": {"compute": 6.0, "data_wait": 2.0, "validation": 2.0},
          "tokens_per_s": rate, "memory": {"host_gib": 1.5}} for s, rate in ((30, 480.0), (60, 960.0))
+    ])  # fmt: skip
+    write(folder, "mixture.jsonl", [
+        {"phase": "anneal", "step": s, "row": 0, "shares": {HOSTILE[0]: 1.0}, "perplexity": {HOSTILE[0]: 20.0 - s}}
+        for s in (40, 50)
     ])  # fmt: skip
     write(folder, "events.jsonl", EVENTS)
     (folder / "status.json").write_text('{"state": "stopped", "exit_code": 75, "message": "</dd><h1>x"}')
@@ -194,13 +203,20 @@ def test_sources_and_mixture(run: Path) -> None:
     assert all(len(c["y"]) == len(data["tables"][c["table"]]["step"]) for c in curves)
 
 
+def test_an_adaptive_mixture_is_drawn_where_it_changed(run: Path) -> None:
+    data = make(run).data
+    (curve,) = chart(data, "adaptive_perplexity")["series"]
+    assert curve["y"] == [-20.0, -30.0]
+    assert data["tables"][curve["table"]] == {"step": [40, 50], "tokens": [128 * 40, 128 * 50]}
+
+
 def test_statistics_intervals_and_benchmarks(run: Path) -> None:
     page = make(run)
-    central = chart(page.data, "statistics/hidden/mlp/rms")
+    central = chart(page.data, "statistics/hidden/mlp_output/rms")
     assert [(s["name"], s["y"][0], s["layer"]) for s in central["series"]] == [
         ("layer 0", 0.5, [0, 2]), ("layer 3", 1.5, [1, 2]),
     ]  # fmt: skip
-    assert not central["folded"] and chart(page.data, "statistics/hidden/mlp/mean")["folded"]
+    assert not central["folded"] and chart(page.data, "statistics/hidden/mlp_output/mean")["folded"]
     assert page.data["tables"]["statistics"]["step"] == [10, 20, 30]
     shares = {s["name"]: s["y"] for s in chart(page.data, "intervals/shares")["series"]}
     assert shares == {"compute": [0.6, 0.6], "data wait": [0.2, 0.2], "validation": [0.2, 0.2]}
@@ -215,7 +231,8 @@ def test_events_lie_at_their_steps(run: Path) -> None:
     found = [(mark["kind"], mark["step"], mark["exact"]) for mark in data["marks"] if mark["kind"] != "validation"]
     for expected in [
         ("start", 0, True), ("checkpoint", 20, True), ("bad step", 30, True), ("failure", 30, False),
-        ("restart", 20, True), ("rollback", 20, True), ("bad step", 45, True), ("benchmarks", 60, True),
+        ("restart", 20, True), ("resume", 20, True),
+        ("rollback", 20, True), ("bad step", 45, True), ("benchmarks", 60, True),
     ]:  # fmt: skip
         assert found.count(expected) == 1, expected
     head = make(run).head()
@@ -254,12 +271,12 @@ def test_a_long_run_with_many_sources_stays_small(tmp_path: Path) -> None:
     """The numbers of points do not grow beyond these with the steps, so neither does the page."""
     names = [f"source_with_a_long_name_{index:03d}" for index in range(100)]
     with (tmp_path / "metrics.jsonl").open("w") as file:
-        for step in range(1, 1501):
-            present = {names[(step + k) % 100]: 1.2345678 + step / 1501 for k in range(12)}
+        for step in range(1, 701):
+            present = {names[(step + k) % 100]: 1.2345678 + step / 701 for k in range(12)}
             line = metrics_line(1) | {"step": step, "tokens": 100 * step, "loss": math.sin(step) + 3, "phase": "one"}
             tokens = dict.fromkeys(names, 0) | dict.fromkeys(present, 8)
             file.write(json.dumps(line | {"source_loss": present, "source_tokens": tokens}) + "\n")
-    tags = [f"hidden/point_{p}/layer_{n:02d}/{s}" for p in range(10) for n in range(10) for s in ("rms", "mean")]
+    tags = [f"hidden/point_{p}/layer_{n:02d}/{s}" for p in range(6) for n in range(10) for s in ("rms", "mean")]
     rows = [
         {"step": s, "tokens": s, "values": {tag: 1 / (s + i) for i, tag in enumerate(tags)}} for s in range(1, 1001)
     ]
@@ -271,7 +288,7 @@ def test_a_long_run_with_many_sources_stays_small(tmp_path: Path) -> None:
 
 
 def test_tags_are_grouped_by_what_is_compared() -> None:
-    assert group_of("hidden/mlp/layer_07/rms") == ("hidden/mlp/rms", "layer 7", 7)
+    assert group_of("hidden/mlp_output/layer_07/rms") == ("hidden/mlp_output/rms", "layer 7", 7)
     assert group_of("attention/logsumexp/layer_12") == ("attention/logsumexp", "layer 12", 12)
     assert group_of("update/matrices") == ("update", "matrices", None)
     assert group_of("lonely") == ("lonely", "lonely", None)
@@ -291,10 +308,13 @@ same(r.niceTicks(2.5, 7.7, 5), [3, 4, 5, 6, 7]);
 same(r.niceTicks(5, 5, 5), [5]);
 same(r.logTicks(0.001, 1000, 4), [0.001, 0.1, 10, 1000]);
 same(r.logTicks(0.9, 20, 5), [1, 2, 3, 5, 7, 10, 20]);
+same(r.logTicks(0.002, 0.6, 5), [0.003, 0.01, 0.03, 0.1, 0.3]);
+same(r.logTicks(2.1, 2.9, 4), [2.2, 2.4, 2.6, 2.8]);
 same([1, 4.9, 5.1, 99, -3].map((x) => r.nearest([1, 3, 7, 20], x)), [0, 1, 2, 3, 0]);
 same([1, 2, 3, 4].map((x) => r.interpolate([2, 4], [20, 60], x)), [10, 20, 40, 60]);
 same(r.interpolate([0, 10], [0, 50], 20), 100);
-same([0, 999, 1500, 2e6, 3.2e12, 0.00012].map(r.short), ["0", "999", "1.5k", "2M", "3.2T", "1.2e-4"]);
+same([0, 999, 1500, 2e6, 3.2e12, 0.00012, 0.000012].map(r.short),
+     ["0", "999", "1.5k", "2M", "3.2T", "0.00012", "1.2e-5"]);
 same([1234567, 0.1234567, null].map(r.exact), ["1,234,567", "0.1234567", "\\u2013"]);
 same(r.total([[1, null, 2], [3, 4, 5]], 3), [4, 4, 7]);
 console.log("all the same");

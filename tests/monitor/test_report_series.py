@@ -14,6 +14,7 @@ from titan_yulan.monitor.report_series import Binned, shorten_steps
 numbers = st.one_of(st.none(), st.floats(-1e6, 1e6), st.just(math.nan))
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(numbers, st.integers(1, 9), st.sampled_from("ab")), max_size=40), st.integers(1, 7))
 def test_bins_hold_mean_and_extremes(records: list[tuple[float | None, int, str]], size: int) -> None:
     bins = Binned(size)
@@ -41,7 +42,7 @@ def line(step: int, loss: float | None, norm: float | None, phase: str, **remark
     return {**places, "loss": loss, "gradient_norm": norm, "source_loss": {}, "source_tokens": {"a": 4}, **remark}
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(2, 8998), st.integers(1, 9000))
 def test_spikes_ends_of_phases_and_remarks_survive(spike: int, dip: int, end: int, bad: int) -> None:
     lines = []

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.monitor.expected_statistics import expected_hidden
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.model import Decoder
+from titan_yulan.model.decoder import DecoderLayer
 from titan_yulan.monitor import hidden_states
 from titan_yulan.monitor.hidden_states import logsumexp_sums, observe
 from titan_yulan.monitor.statistics import Summands, add_up, is_due, sampled_layers
@@ -90,8 +92,8 @@ def test_every_point_is_what_its_formula_says(model: str, documents: bool, monke
     config, inputs = MODELS[model], random_inputs(documents=documents)
     decoder, layers = random_decoder(config), sampled_layers(config.num_hidden_layers, 3)
     found = observed(decoder, inputs, torch.tensor([True, False, True]), layers)
-    real = (t if t is None else t[[0, 2]] for t in (inputs.input_ids, inputs.document_ids, inputs.position_ids))
-    ids, document_ids, position_ids = real
+    ids = inputs.input_ids[[0, 2]]
+    document_ids, position_ids = (t if t is None else t[[0, 2]] for t in (inputs.document_ids, inputs.position_ids))
     wanted = expected_hidden(in_double(decoder.state_dict()), config, ids, layers, document_ids, position_ids)
     assert sorted(found) == sorted(wanted)
     for name, value in wanted.items():
@@ -102,7 +104,7 @@ def test_every_point_is_what_its_formula_says(model: str, documents: bool, monke
 def test_what_is_handed_on_between_blocks_is_seen_where_it_is_added(recomputed: bool) -> None:
     decoder, inputs = random_decoder(YULAN), random_inputs()
     for block in decoder.model.layers:
-        block.hands_on = not recomputed
+        cast(DecoderLayer, block).hands_on = not recomputed
     found = observed(decoder, inputs, torch.ones(3, dtype=torch.bool), (1, 4))
     wanted = expected_hidden(in_double(decoder.state_dict()), YULAN, inputs.input_ids, (1, 4))
     residuals = [name for name in wanted if "residual/" in name]
@@ -151,6 +153,26 @@ def test_logsumexp_in_parts_is_that_of_all_scores(
     finally:
         hidden_states._SCORES = before
     torch.testing.assert_close(found, wanted)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements that an operator's result had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_scores_of_long_rows_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden_states, "_SCORES", 2**14)
+    query, key = torch.randn(1, 512, 4, 2), torch.randn(1, 512, 2, 2)
+    with Largest() as largest:
+        logsumexp_sums(query, key, 1.0, None, torch.arange(512), torch.ones(1, 512, dtype=torch.bool))
+    assert 2**13 < largest.elements <= 2**14 < 512 * 512
 
 
 def test_which_layers() -> None:

@@ -12,7 +12,6 @@ renamed: what exists under the name that was asked for is whole.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from titan_yulan.checkpoint import fold
 from titan_yulan.checkpoint.export_check import verify_llama, verify_moments, verify_tokenizer, verify_yulan
 from titan_yulan.checkpoint.export_weights import TensorFiles
 from titan_yulan.checkpoint.exported_state import FOLDER, STATE, UPDATES, has_state
-from titan_yulan.checkpoint.hugging_face import CONFIG, parameter_shapes
+from titan_yulan.checkpoint.hugging_face import CONFIG, parameter_shapes, write_json
 from titan_yulan.checkpoint.layout import CONFIG as RUN_CONFIG
 from titan_yulan.checkpoint.layout import Checkpoint, find_damage, open_checkpoint, sync_folder
 from titan_yulan.checkpoint.read_parts import read_parts, stored_shapes
@@ -149,7 +148,10 @@ def _check_tensors(checkpoint: Checkpoint, model: ModelConfig) -> None:
     for name, shape in parameter_shapes(model).items():
         if stored.get(name) != shape:
             what = f"has the shape {tuple(stored[name])} instead of {shape}" if name in stored else "is missing"
-            raise RunError(f"{checkpoint.path} does not hold the model of its {RUN_CONFIG}: {name} {what}")
+            raise RunError(
+                f"{checkpoint.path} does not hold the model of its {RUN_CONFIG}: {name} {what}; name another step "
+                "folder (--checkpoint)"
+            )
 
 
 def make_targets(source: Source, form: str) -> dict[str, fold.Target]:
@@ -184,7 +186,10 @@ def _moment_files(source: Source, folder: Path, shard_size: int) -> list[TensorF
         targets = {name: fold.Target(f"{name}.{kind}", shape) for name, shape in shapes.items()}
         for target in targets.values():
             if stored.get(str(target.source)) != target.shape:
-                raise UserError(f"--with-optimizer: {source.checkpoint.path} has no {target.source} of the right shape")
+                raise UserError(
+                    f"--with-optimizer: {source.checkpoint.path} has no {target.source} of the right shape, as "
+                    "after an import of weights alone; leave the option out"
+                )
         layouts = {name: Layout(shape, torch.float32) for name, shape in shapes.items()}
         files.append(TensorFiles(source.checkpoint, "optimizer", targets, layouts, folder / FOLDER / kind, shard_size))
     return files
@@ -195,17 +200,23 @@ def _write_state(source: Source, folder: Path) -> None:
     names = [f"{name}.step" for name in parameter_shapes(source.model)]
     updates = {int(tensor) for _, tensor in read_parts(source.checkpoint, names, "optimizer")}
     if len(updates) != 1:
-        raise RunError(f"{source.checkpoint.path}: Adam has updated its parameters {sorted(updates)} times, not alike")
+        raise RunError(
+            f"{source.checkpoint.path}: Adam has updated its parameters {sorted(updates)} times, not alike, which this "
+            "format cannot say; leave --with-optimizer out"
+        )
     for kind in MOMENTS:
         shutil.copyfile(folder / CONFIG, folder / FOLDER / kind / CONFIG)
-    _write_json(folder / FOLDER / STATE, asdict(source.checkpoint.state()) | {UPDATES: updates.pop()})
+    write_json(folder / FOLDER / STATE, asdict(source.checkpoint.state()) | {UPDATES: updates.pop()})
 
 
 def _check_space(output: Path, files: list[TensorFiles]) -> None:
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())
     needed, free = sum(part.size for part in files), shutil.disk_usage(parent).free
     if needed > free:
-        raise UserError(f"--output: the disk of {parent} has {free:,} bytes free, and the tensors take {needed:,}")
+        raise UserError(
+            f"--output: the disk of {parent} has {free:,} bytes free, and the tensors take {needed:,}; make room there "
+            "or choose another place"
+        )
 
 
 def _write_descriptions(source: Source, form: str, dtype: str, folder: Path) -> None:
@@ -214,13 +225,9 @@ def _write_descriptions(source: Source, form: str, dtype: str, folder: Path) -> 
     else:
         values = source.model.to_published()
     ends = {"bos_token_id": None, "eos_token_id": source.tokenizer.eos_id}
-    _write_json(folder / CONFIG, values | ends | {"torch_dtype": dtype})
-    _write_json(folder / "generation_config.json", ends)
+    write_json(folder / CONFIG, values | ends | {"torch_dtype": dtype})
+    write_json(folder / "generation_config.json", ends)
     write_tokenizer(source.tokenizer, source.tokenizer_path, folder, source.model.max_position_embeddings)
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _verify(source: Source, form: str, dtype: str, folder: Path) -> Iterator[str]:

@@ -27,8 +27,9 @@ from titan_yulan.model import Decoder
 from titan_yulan.parallel.fsdp import is_replicated
 
 # The largest difference of a logit that is taken, as a share of the largest logit. All is computed in float32; in the
-# 16-bit types the weights have been rounded, by up to 2^-9 and 2^-12 of their values, in every layer.
-BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+# 16-bit types the weights have been rounded, by up to 2^-9 and 2^-12 of their values, in every layer: 0.0044 and 0.0004
+# were measured on the trained debug model, 0.0037 and 0.0005 on 56 random layers.
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.03, "float16": 0.004}
 
 # A row of text, and one of ids spread over the vocabulary.
 _ROW = 256
@@ -68,7 +69,10 @@ def verify_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
         )
     written = HuggingFaceTokenizer.open(folder)
     if (written.eos_id, written.vocab_size) != (tokenizer.eos_id, tokenizer.vocab_size):
-        raise RunError(f"{folder.name}: tokenizer.json has another end of text or another size than the tokenizer")
+        raise RunError(
+            f"{folder.name}: tokenizer.json has another end of text or another size than the tokenizer; export with "
+            "--no-verify and use the vocabulary itself"
+        )
     texts = [TEXT]
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         texts.append(tokenizer.decode(range(tokenizer.vocab_size)))
@@ -111,7 +115,10 @@ def verify_llama(checkpoint: Checkpoint, model: ModelConfig, tokenizer: Tokenize
     )
     wrong = {kind: keys for kind, keys in found.items() if keys and kind != "error_msgs"}
     if wrong or type(peer).__name__ != "LlamaForCausalLM":
-        raise RunError(f"transformers does not load the export as it should: {type(peer).__name__}, {wrong}")
+        raise RunError(
+            f"transformers does not load the export as it should: {type(peer).__name__}, {wrong}; take "
+            "another version of transformers, or export with --no-verify"
+        )
     with torch.inference_mode():
         logits = peer.eval()(rows).logits
     difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
@@ -138,7 +145,7 @@ def verify_yulan(checkpoint: Checkpoint, model: ModelConfig, folder: Path, dtype
     opened = open_hugging_face(folder)
     check_tensors(opened, model)
     if opened.model.to_published() != model.to_published():
-        raise RunError(f"{CONFIG} of the export does not give the model back")
+        raise RunError(f"{CONFIG} of the export does not give the model back; use --format llama")
     _compare(opened, checkpoint, model, getattr(torch, dtype))
     return f"verified: {len(opened.tensors)} tensors, read again, are the checkpoint's to the bit"
 
@@ -162,7 +169,7 @@ def _compare(
         name = sources[source]
         expected = stored if is_replicated(name) else stored.to(dtype).float()
         if not torch.equal(tensors.pop(name).view(torch.int32), expected.view(torch.int32)):
-            raise RunError(f"the export is not the checkpoint: {source} differs")
+            raise RunError(f"the export is not the checkpoint: {source} differs; look at the disk, and export again")
 
 
 def _rows(model: ModelConfig, tokenizer: Tokenizer) -> Tensor:

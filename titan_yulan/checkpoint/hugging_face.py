@@ -112,6 +112,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        OSError: the disk is full, and the like.
+    """
+    file.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
 def _read_headers(path: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file, promised in _weight_files(path).items():

@@ -69,7 +69,10 @@ def import_checkpoint(
     """
     _check_output(output)
     if not is_published(source):
-        raise UserError(f"--from: {source} is no folder of Hugging Face (config.json) or DeepSpeed (latest_universal)")
+        raise UserError(
+            f"--from: {source} is no folder of Hugging Face or DeepSpeed; name the one with config.json and the "
+            "weights, or with latest_universal"
+        )
     config = replace(config, run=replace(config.run, name=output.name, output_dir=str(output.parent)))
     published = open_published(source)
     for line in check_published(config, published, config.first_phase, allow_changes):

@@ -1,9 +1,9 @@
 """A folder in a format of others (Hugging Face, DeepSpeed, our export) as the start of a run: what it is, whether it is
 the model of `[model]`, and where in the curriculum it stands. No torch.
 
-A run can begin with such a folder, or go on with it: where the configuration names phases before the one that is to
-begin (`[phase] after`), they count as trained by whoever made the state. Its step must then be the one at which they
-end; learning rate, tokens and the places of all sources follow from them, as if they had been trained here.
+A run begins with such a folder (`[phase] start_from`), or goes on with it: an import for a phase file that names the
+phases before it (`[phase] after`) takes them as trained by whoever made the state. Its step must then be the one at
+which they end; learning rate, tokens and the places of all sources follow from them, as if they had been trained here.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def published_progress(path: str | Path) -> Progress | None:
     return read_exported_progress(path) if has_state(path) else None
 
 
-def plan_from(config: RunConfig, path: str | Path, first_phase: int) -> Plan:
+def plan_from(config: RunConfig, path: str | Path, first_phase: int = 0) -> Plan:
     """The plan of a run whose phase `first_phase` begins from such a folder: where the state is, with all sources
     unread; or, where there are phases before it, behind them.
 
@@ -87,9 +87,10 @@ def _check_place(first: PhasePlan, plan: Plan, progress: Progress | None, path: 
         )
     if progress.step != first.start.step:
         at = plan.phase_at(progress.step)
-        place = f"{progress.step - at.start.step:,} steps into phase {at.name!r}"
+        inside = f"{progress.step - at.start.step:,} steps into"
+        place = "at the end of" if progress.step == at.end.step else "behind" if progress.step > at.end.step else inside
         raise UserError(
-            f"{path} is at step {progress.step:,}, {place}, and phase {first.name!r} begins at step "
+            f"{path} is at step {progress.step:,}, {place} phase {at.name!r}, and phase {first.name!r} begins at step "
             f"{first.start.step:,}. Name the file of the phase that begins at the state's step, set the lengths of the "
             f"phases as they were, {cut}"
         )
@@ -98,7 +99,7 @@ def _check_place(first: PhasePlan, plan: Plan, progress: Progress | None, path: 
 def check_published(
     config: RunConfig,
     folder: HuggingFaceFolder | UniversalFolder,
-    first_phase: int,
+    first_phase: int = 0,
     allow_changes: Collection[str] = (),
 ) -> list[str]:
     """What `open_published` found must be of the model of `[model]`, and stand where phase `first_phase` begins;

@@ -75,37 +75,18 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.output_dir) / config.run.name
 
 
-def starting_phase(config: RunConfig) -> int:
-    """Index of the phase whose `start_from` a run begins from, if any says it: the one that is to begin, which takes
-    the phases before as trained by others, else the very first."""
-    return config.first_phase if config.phases[config.first_phase].start_from else 0
-
-
 def make_plan(config: RunConfig, checkpoint: Checkpoint | None) -> Plan:
     """The plan of a run: from its own origin if it has a checkpoint, else from where the checkpoint of `start_from` was
-    (a state of DeepSpeed or an exported one has a place too, weights alone have none, nor has what is still to come),
-    else from zero.
-
-    Raises:
-        UserError: `start_from` is not at the end of the phases before the one that is to begin.
-    """
-    first_phase = starting_phase(config)
-    start_from = config.phases[first_phase].start_from
+    (a state of DeepSpeed or an exported one has a place too, with tapes unread; weights alone have none, nor has what
+    is still to come), else from zero."""
+    start_from = config.phases[0].start_from
     if checkpoint is not None:
         origin = checkpoint.state().origin
         plan = Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"])
     elif is_published(start_from):
-        try:
-            plan = plan_from(config, start_from, first_phase)
-        except UserError as error:
-            raise UserError(f"phase.start_from: {error}") from error
+        plan = plan_from(config, start_from)
     elif start_from and Path(start_from).exists():
         state = layout.open_checkpoint(Path(start_from)).state()
-        if first_phase:
-            raise UserError(
-                f"phase.start_from: {start_from} knows its own place and has no use for the phases before; add "
-                "--phase.after="
-            )
         plan = Plan(config, Position(state.step, state.row, state.token), state.tapes)
     else:
         plan = Plan(config)
@@ -182,7 +163,7 @@ def check_resume(
                 f"{run_folder(config)} holds no checkpoint. Train the phases before it there first, or set "
                 f"phase.start_from to a checkpoint to begin from"
             )
-        return Resume(plan.phases[starting_phase(config)].start.step, False, [])
+        return Resume(plan.phases[0].start.step, False, [])
     state = checkpoint.state()
     saved = configuration.load(checkpoint.path / layout.CONFIG).config
     notices = _check_changes(config, saved, state.phase, allow_changes, checkpoint)
@@ -248,8 +229,7 @@ def _check_changes(
         )
         if _matches(difference.key, _FREE) or difference.key in allowed or other_source or past_layout:
             continue
-        no_start = difference.key.endswith(".start_from") and difference.new in (None, '""')
-        if not no_start and _frozen(difference.key, done, phase, {section.name for section in config.phases}):
+        if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
             refused.append(line)
         else:
             notices.append(f"changed since step {checkpoint.step}: {line}")
@@ -302,8 +282,7 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
     Raises:
         UserError: it is not; RunError among them where there is no complete checkpoint.
     """
-    first_phase = starting_phase(config)
-    start_from = config.phases[first_phase].start_from
+    start_from = config.phases[0].start_from
     if refusal := refuse_address(start_from):
         raise UserError(f"phase.start_from: {refusal}")
     if start_from and not Path(start_from).exists():
@@ -313,7 +292,7 @@ def check_start(config: RunConfig, allow_changes: Collection[str] = ()) -> list[
         )
     if is_published(start_from):
         try:
-            return check_published(config, open_published(start_from), first_phase, allow_changes)
+            return check_published(config, open_published(start_from), allow_changes=allow_changes)
         except UserError as error:
             raise UserError(f"phase.start_from: {error}") from error
     if start_from:

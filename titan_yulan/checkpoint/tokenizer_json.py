@@ -10,12 +10,12 @@ as bytes): tiktoken takes the left one, the list its first. No text is known tha
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from titan_yulan.checkpoint.hugging_face import write_json
 from titan_yulan.data.bpe import PATTERN
 from titan_yulan.data.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, Tokenizer
 
@@ -33,8 +33,8 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, longest: i
         longest: tokens that the model takes at most.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
-        _write_json(folder / TOKENIZER, tokenizer_json(tokenizer.ranks, tokenizer.pattern))
-        _write_json(folder / CONFIG, _tokenizer_config(longest))
+        write_json(folder / TOKENIZER, tokenizer_json(tokenizer.ranks, tokenizer.pattern))
+        write_json(folder / CONFIG, _tokenizer_config(longest))
         return
     file = source / TOKENIZER if source.is_dir() else source
     (folder / TOKENIZER).write_text(tokenizer.content, encoding="utf-8")
@@ -44,7 +44,7 @@ def write_tokenizer(tokenizer: Tokenizer, source: Path, folder: Path, longest: i
 
 
 def tokenizer_json(ranks: Mapping[bytes, int], pattern: str = PATTERN) -> dict[str, Any]:
-    """The content of a tokenizer.json: byte-level BPE with pre-tokens of `pattern`, end of text as the one special token."""
+    """The content of a tokenizer.json: byte-level BPE, pre-tokens by `pattern`, end of text the one special token."""
     end_of_text = {
         "id": len(ranks),
         "content": END_OF_TEXT,
@@ -109,7 +109,3 @@ def _tokenizer_config(longest: int) -> dict[str, Any]:
         "model_max_length": longest,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

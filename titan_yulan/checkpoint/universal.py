@@ -163,7 +163,10 @@ def _read_header(file: Path, shape: tuple[int, ...] | None) -> StoredTensor:
     key = _WRAPPED if isinstance(content, dict) else ""
     tensor: Any = content.get(key) if isinstance(content, dict) else content
     if not isinstance(tensor, PickledTensor):
-        raise UserError(f"{file} holds neither a tensor nor a dictionary with one under {_WRAPPED!r}")
+        raise UserError(
+            f"{file} holds neither a tensor nor a dictionary with one under {_WRAPPED!r}; take the "
+            "files that DeepSpeed's ds_to_universal.py wrote"
+        )
     stored = StoredTensor(file, tensor.shape, tensor.dtype, key)
     if shape is not None and stored.shape == (math.prod(shape),):
         return replace(stored, shape=shape)

@@ -60,4 +60,4 @@ def _number(file: Path) -> float:
     value = content.get("param") if isinstance(content, dict) else content
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
         return float(value)
-    raise RuntimeError(f"{file} holds no number of steps")
+    raise RuntimeError(f"{file} holds no number of steps; without that file, Adam's step is that of the folder's name")

@@ -102,10 +102,10 @@ def _stretches(ids: np.ndarray, starts: np.ndarray, length: int) -> Iterator[tup
     for source, start, row in sorted(zip(ids.tolist(), starts.tolist(), range(len(ids)), strict=True)):
         if (source, start) != (stretch[0], stretch[1] + len(rows) * length):
             if rows:
-                yield rows, *stretch
+                yield rows, stretch[0], stretch[1]
             rows, stretch = [], (source, start)
         rows.append(row)
-    yield rows, *stretch
+    yield rows, stretch[0], stretch[1]
 
 
 class Loader:

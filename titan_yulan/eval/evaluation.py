@@ -51,7 +51,7 @@ class Settings:
         for name in ("limit", "context", "batch_tokens", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
         if not self.tasks:
             raise UserError("--tasks names no task: give names of docs/evaluation.md or files, with commas")
 
@@ -113,7 +113,7 @@ def _evaluate(
     model = open_model(run)
     context = model.context if settings.context is None else settings.context
     if context > model.longest:
-        raise UserError(f"--context {context}: the model of {run} takes at most {model.longest} tokens")
+        raise UserError(f"--context {context}: the model of {run} takes at most {model.longest} tokens; lower it")
     precision = settings.precision or model.precision
     decoder = in_precision(model.decoder, getattr(torch, precision), place)
     evaluator = Evaluator(
@@ -128,10 +128,11 @@ def _evaluate(
     )
     evaluator.check(works)
     facts = {"precision": precision, "context": context, "device": str(place), "limit": settings.limit}
-    more = {"batch_tokens": settings.batch_tokens, "max_new_tokens": settings.max_new_tokens}
+    # the same on all ranks, whichever GPU is theirs
+    how = {"device": place.type, "batch_tokens": settings.batch_tokens, "max_new_tokens": settings.max_new_tokens}
     results = []
     for work in works:
-        of = {"model": model.fingerprint, "task": work.task.name, "data": work.data, **facts, **more}
+        of = {"model": model.fingerprint, "task": work.task.name, "data": work.data, **facts, **how}
         result = finished.find(of)
         if result is not None:
             ranks.progress.say(f"{work.task.name}: was finished before")

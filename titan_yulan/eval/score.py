@@ -57,7 +57,9 @@ class Scorer:
     def _perplexity(self, found: Likelihood) -> dict[str, Any]:
         loss = -found.logprob / found.tokens
         if loss > _LARGEST_LOSS:
-            raise RunError(f"the model gives a loss of {loss}: is its checkpoint that of a run that failed?")
+            raise RunError(
+                f"the model gives a loss of {loss}: is it that of a run that failed? take another checkpoint"
+            )
         return {"perplexity": math.exp(loss), "tokens": found.tokens}
 
     def _ids(self, document: Document) -> list[int] | str:

@@ -200,6 +200,7 @@ def layout(sources: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
             "variance of hidden states": chart(r"hidden/.*/variance$"),
             "log-sum-exp of attention": chart(r"attention/logsumexp/.*"),
             "root mean square of weights": chart(r"weight/.*/rms$"),
+            "scalars of matrices": chart(r"scalar/.*"),
             "update over weight": chart(r"update/.*"),
         },
         "speed": {

@@ -45,6 +45,7 @@ _NAMES = (
 _GENERATED = re.compile(r"^triton_(poi|red|per)_")  # Inductor's fused loops are named after neighbours, too
 _PRODUCT = re.compile(r"::(mm|addmm|linear|_linear_pointwise|_scaled_mm)$")
 _PACKED = "::packed_linear"
+_NONE = -1  # no event is tied to another by this number
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,22 @@ def intervals(events: Sequence[Event], sizes: Sizes) -> list[Interval]:
             threads.setdefault((event["pid"], event["tid"]), []).append(event)
     if not on_device:
         return [found for thread in threads.values() for found in _own_times(thread, sizes)]
-    launches = {
-        around[-1]["args"]["correlation"]: around[:-1]
-        for thread in threads.values()
-        for _, _, around in _segments(thread, starts=True)
-        if "correlation" in around[-1].get("args", {})
-    }
-    return [
-        Interval(event["ts"], event["ts"] + event["dur"], category(event["name"], around, sizes))
-        for event in on_device
-        for around in [launches.get(event["args"].get("correlation"), ())]
-    ]
+    begun = [around for thread in threads.values() for _, _, around in _segments(thread, starts=True)]
+    launches = {_argument(around[-1], "correlation"): around[:-1] for around in begun}
+    # for a launch on a thread that the trace cannot place: the operator that was under way
+    operators = {_argument(around[-1], "External id"): around for around in begun if around[-1]["cat"] == "cpu_op"}
+    for known in (launches, operators):
+        known.pop(_NONE, None)
+    found = []
+    for event in on_device:
+        around = launches.get(_argument(event, "correlation")) or operators.get(_argument(event, "External id"), ())
+        found.append(Interval(event["ts"], event["ts"] + event["dur"], category(event["name"], around, sizes)))
+    return found
+
+
+def _argument(event: Event, name: str) -> int:
+    """A number that ties events together."""
+    return event.get("args", {}).get(name, _NONE)
 
 
 def _own_times(thread: Sequence[Event], sizes: Sizes) -> Iterator[Interval]:

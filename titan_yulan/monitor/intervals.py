@@ -23,8 +23,8 @@ from titan_yulan.parallel.process import World
 
 # data_wait   the loop waited for rows
 # checkpoint  copying and writing checkpoints, as far as training waited
-# validation  validation and benchmarks
-# setup       the dry run, changing the layout, going back
+# validation  validation, benchmarks, the sample at the end
+# setup       the dry run, changing the layout, going back, beginning and writing a trace
 # compute     the rest: steps, with what ranks exchange in them
 Kind = Literal["data_wait", "checkpoint", "validation", "setup", "compute"]
 

@@ -73,6 +73,7 @@ class Recorder:
         self._main = world.is_main
         self._intervals = Intervals(config.model, world)
         self._first_losses: dict[str, float] | None = None
+        self._last: tuple[int, int] | None = None  # step and tokens of the last line
         self.failure: str | None = None
         if not self._main:
             return
@@ -153,11 +154,12 @@ class Recorder:
                     self._draw(line, values.phase, inside)
         if end is not None:
             raise end
+        self._last = lines[-1]["step"], lines[-1]["tokens"]
         return lines[-1]
 
     def rewind(self, step: int) -> None:
         """Go back to `step`: what is recorded of later ones is dropped and comes again."""
-        self._pending = []
+        self._pending, self._last = [], None
         if self._main:
             self._validated = {other for other in self._validated if other <= step}
             self._evaluated = {other for other in self._evaluated if other <= step}
@@ -300,6 +302,8 @@ class Recorder:
         self.flush()
         if not self._main:
             return
+        if self._last:  # what came behind the last printed line, such as a validation and a checkpoint
+            self._lines["intervals"].write([self._intervals.close().line(*self._last)])
         self._lines.close()
         self._board.close()
         self.say(f"{outcome}: the run is in {self._folder} (MFU formula: {FORMULA})")

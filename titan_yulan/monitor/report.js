@@ -18,10 +18,14 @@ function logTicks(low, high, count) {
     for (let p = first; p <= last; p += every) ticks.push(10 ** p);
     return ticks;
   }
-  const ticks = [];
-  for (let p = first - 1; p <= last + 1; p++)
-    for (const m of [1, 2, 3, 5, 7]) if (m * 10 ** p >= low * 0.999 && m * 10 ** p <= high * 1.001) ticks.push(m * 10 ** p);
-  return ticks.length > 1 ? ticks : niceTicks(low, high, count);
+  for (const factors of [[1, 2, 3, 5, 7], [1, 2, 5], [1, 3]]) {
+    const ticks = [];
+    for (let p = first - 1; p <= last + 1; p++)
+      for (const m of factors) if (m * 10 ** p >= low * 0.999 && m * 10 ** p <= high * 1.001) ticks.push(Number((m * 10 ** p).toPrecision(3)));
+    if (ticks.length < 2) break;
+    if (ticks.length <= count + 2) return ticks;
+  }
+  return niceTicks(low, high, count);
 }
 
 // index of the value of a rising list that is nearest to x
@@ -48,7 +52,7 @@ function short(value) {
   const size = Math.abs(value);
   for (const [unit, word] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
     if (size >= unit) return `${Number((value / unit).toPrecision(4))}${word}`;
-  if (size !== 0 && size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
+  if (size !== 0 && size < 1e-4) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 
@@ -160,7 +164,8 @@ function start() {
       this.x = (value) => left + ((value - this.low) / (this.high - this.low || 1)) * (right - left);
       this.unX = (pixel) => this.low + ((pixel - left) / (right - left)) * (this.high - this.low);
       const clip = `clip${drawn.indexOf(this)}`;
-      svg("rect", { x: left, y: top, width: right - left, height: bottom - top }, svg("clipPath", { id: clip }, svg("defs", {}, this.svg)));
+      // a little more than the frame, for the dots at its edges
+      svg("rect", { x: left - 4, y: top - 4, width: right - left + 8, height: bottom - top + 8 }, svg("clipPath", { id: clip }, svg("defs", {}, this.svg)));
       this.back = svg("g", { "clip-path": `url(#${clip})` }, this.svg);
       this.bands(top, bottom);
       this.inside = svg("g", { "clip-path": `url(#${clip})` }, this.svg);
@@ -224,7 +229,8 @@ function start() {
         if (begin !== null && Math.abs(now - begin) > 8) zoomTo(toStep(this.unX(begin)), toStep(this.unX(now)));
       });
       this.svg.addEventListener("pointercancel", () => { from = null; this.over.querySelector(".select")?.remove(); });
-      this.svg.addEventListener("pointerleave", () => setCursor(null, this));
+      // a finger that is lifted leaves too; its read-out stays until another place is tapped
+      this.svg.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") setCursor(null, this); });
       this.svg.addEventListener("blur", () => setCursor(null, this));
       this.svg.addEventListener("dblclick", () => { view.zoom = null; redrawAll(); });
       this.svg.addEventListener("keydown", (event) => this.key(event));
@@ -265,13 +271,13 @@ function start() {
       html("div", {}, this.readout, `step ${exact(step)} · ${short(tokens)} tokens · ${phaseAt(step).name}`);
       const rows = this.rows(step);
       const table = html("table", {}, this.readout);
-      for (const { series, name, text } of rows.slice(0, 14)) {
+      for (const { series, name, text } of rows.slice(0, 10)) {
         const row = html("tr", {}, table), head = html("th", {}, row);
         if (series) head.append(swatch(series), " ");
         head.append(name);
         html("td", {}, row, text);
       }
-      if (rows.length > 14) html("div", {}, this.readout, `and ${rows.length - 14} more`);
+      if (rows.length > 10) html("div", {}, this.readout, `and ${rows.length - 10} more`);
       this.readout.hidden = false;
       const plot = this.svg.getBoundingClientRect(), frame = this.figure.getBoundingClientRect();
       const place = plot.left - frame.left + (x * plot.width) / this.width;
@@ -387,7 +393,9 @@ function start() {
           there += `${there ? "L" : "M"}${x} ${this.y(series.high[i]).toFixed(1)}`;
           back = `L${x} ${this.y(series.low[i]).toFixed(1)}${back}`;
         }
-        if (there) paint(svg("path", { d: `${there}${back}Z`, class: "range" }, this.inside), series, "fill");
+        // many ranges above one another would hide the lines
+        const opacity = Math.min(0.16, 0.4 / this.shown().length);
+        if (there) paint(svg("path", { d: `${there}${back}Z`, class: "range", "fill-opacity": opacity }, this.inside), series, "fill");
       }
       let path = "", pen = "M", alone = [];
       for (let i = first; i <= last; i++) {
@@ -406,11 +414,18 @@ function start() {
       const layers = shown.map((series) => [series, series.y]);
       if (hidden.length) layers.push([null, total(hidden.map((series) => series.y), xs.length)]);
       let below = new Array(xs.length).fill(0);
+      const start = Math.min(whole()[0], xs[0]);
       for (const [series, values] of layers) {
         const above = below.map((value, i) => value + (values[i] ?? 0));
-        const up = xs.map((x, i) => `${this.x(x).toFixed(1)} ${this.y(above[i]).toFixed(1)}`);
-        const down = xs.map((x, i) => `${this.x(x).toFixed(1)} ${this.y(below[i]).toFixed(1)}`).reverse();
-        const area = svg("path", { d: `M${up.join("L")}L${down.join("L")}Z`, class: "area", "data-series": series ? series.name : "the rest" }, this.inside);
+        // a value holds for the steps since the one before, so areas have steps and no slopes
+        let up = "", down = "", from = this.x(start);
+        for (let i = 0; i < xs.length; i++) {
+          const to = this.x(xs[i]).toFixed(1);
+          up += `${i ? "L" : "M"}${from} ${this.y(above[i]).toFixed(1)}H${to}`;
+          down = `L${to} ${this.y(below[i]).toFixed(1)}H${from}${down}`;
+          from = to;
+        }
+        const area = svg("path", { d: `${up}${down}Z`, class: "area", "data-series": series ? series.name : "the rest" }, this.inside);
         area.style.fill = series ? colour(series) : "var(--rest)";
         area.style.fillOpacity = 0.85;
         area.style.stroke = "var(--card)";

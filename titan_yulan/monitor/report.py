@@ -15,7 +15,7 @@ from titan_yulan.monitor.metrics import write_atomically
 from titan_yulan.monitor.report_charts import Charts, bins_for, draw
 from titan_yulan.monitor.report_events import read_history
 from titan_yulan.monitor.report_series import Steps, count_lines, each_line, shorten_steps
-from titan_yulan.monitor.report_tables import benchmark_table, head_items, ledger_table, thinning
+from titan_yulan.monitor.report_tables import benchmark_table, head_items, ledger_table, planned_end, thinning
 
 _HERE = Path(__file__).parent
 
@@ -48,7 +48,8 @@ def report(run: Path, output: Path | None = None) -> Path:
 def page(run: Path, steps: Steps) -> str:
     """The text of the page."""
     history, charts = read_history(run, steps), draw(run, steps)
-    name = run.resolve().name
+    name, planned = run.resolve().name, planned_end(run)
+    problems = [planned["problem"]] if "problem" in planned else []
     data = {
         "tables": charts.tables,
         "charts": [chart.to_json() for chart in charts.charts],
@@ -64,14 +65,14 @@ def page(run: Path, steps: Steps) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(name)}: report</title>\n<style>\n{style}</style>\n</head>\n<body>",
             f"<header>\n<h1>{escape(name)}</h1>",
-            _description(head_items(run, steps, history)),
+            _description(head_items(run, steps, history, planned)),
             "</header>\n<main>",
             "<noscript><p>The curves are drawn by a script inside this page; it is switched off here.</p></noscript>",
             _chart_sections(charts),
             _table("Benchmarks", benchmark_table(run, steps)),
             _table("What was read of every source", ledger_table(run)),
             _configuration(run),
-            _remarks(thinning(steps, charts, history)),
+            _remarks([*thinning(steps, charts, history), *problems]),
             "</main>",
             f'<script type="application/json" id="data">{embed(data)}</script>',
             f"<script>{script}</script>\n</body>\n</html>\n",

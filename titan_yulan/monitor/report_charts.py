@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from titan_yulan.curriculum.adaptive import MIXTURE_LOG
 from titan_yulan.monitor.report_series import Binned, Steps, count_lines, each_line, rounded
 
@@ -16,7 +18,12 @@ NUMBERS = 60_000  # of curves' points in one group of charts (sources, statistic
 _MOST_BINS, _LEAST_BINS = 300, 40
 _SHOWN = 8  # colours that people can tell apart; further curves are there but switched off
 _LAYER = re.compile(r"layer_(\d+)")
-_UNITS = {"tokens_per_s": "tokens/s", "logsumexp": "nat", "update": "RMS of update / RMS of weight"}
+_UNITS = {
+    "tokens_per_s": "tokens/s",
+    "logsumexp": "nat",
+    "update": "RMS of update / RMS of weight",
+    "gradient": "2-norm",
+}
 
 
 @dataclass
@@ -118,8 +125,12 @@ def _curve(name: str, table: str, bins: Binned, key: str, **details: Any) -> Ser
     )
 
 
-def _means(bins: Binned, what: str) -> str:
-    return "" if bins.size == 1 else f"Means of up to {bins.size:,} {what}; the read-out names the extremes."
+def _means(bins: Binned, what: str, extremes: bool = True) -> str:
+    if bins.size == 1:
+        return ""
+    return f"Means of up to {bins.size:,} {what}" + (
+        "; pale, and in the read-out: least and greatest." if extremes else "."
+    )
 
 
 def _optimisation(charts: Charts, steps: Steps, validations: Binned) -> None:
@@ -135,7 +146,10 @@ def _optimisation(charts: Charts, steps: Steps, validations: Binned) -> None:
         where = charts.binned("validation", validations)
         loss.append(Series("validation (mean of the sources)", where, means, color=1, mark="points"))
     charts.charts += [
-        Chart("loss", "Training", "Loss", "nat per token", loss, wide=True),
+        Chart(
+            "loss", "Training", "Loss", "nat per token", loss, wide=True,
+            note=_means(validations, "validations", extremes=False),
+        ),
         Chart(
             "learning_rate", "Training", "Learning rate", "", [Series("learning rate", table, column["learning_rate"])]
         ),
@@ -159,24 +173,27 @@ def _sources(charts: Charts, steps: Steps, validations: Binned) -> None:
             # one switch for both: report.js joins curves of one name
             curves.append(_curve(name, "validation", validations, name, color=index, mark="points", shown=shown))
     note = _means(steps.losses, "steps of one phase")
+    shares_note = _means(steps.shares, "steps of one phase", extremes=False)
     told = f"Lines: training; dots: validation. {note}" if validations.mean else note
     charts.charts += [
         Chart("source_loss", "Sources", "Loss of each source", "nat per token", curves, note=told),
-        Chart("mixture", "Sources", "Mixture that was read", "share of targets", areas, kind="stack", note=note),
+        Chart("mixture", "Sources", "Mixture that was read", "share of targets", areas, kind="stack", note=shares_note),
     ]
 
 
 def _mixture(charts: Charts, run: Path, steps: Steps) -> None:
     """The controller's view of an adaptive mixture."""
-    tokens = dict(zip(charts.tables["steps"]["step"], charts.tables["steps"]["tokens"], strict=True))
-    lines = [{**line, "tokens": tokens.get(line["step"], 0)} for line in each_line(run / MIXTURE_LOG)]
+    known = charts.tables["steps"]
+    lines = list(each_line(run / MIXTURE_LOG))
     for key, title, unit in (
         ("shares", "Shares set by the adaptive mixture", "share"),
         ("perplexity", "Perplexity that moves the shares", "held-out perplexity"),
     ):
         bins = Binned(1)
         for line in lines:
-            bins.add(line["step"], line["tokens"], line[key], {}, "")
+            # the file has no tokens; in a phase they grow evenly, and its ends are always known
+            tokens = round(np.interp(line["step"], known["step"], known["tokens"]))
+            bins.add(line["step"], tokens, line[key], {}, "")
         bins.finish()
         names = [name for name in order_of_sources(steps) if name in bins.mean]
         if names:
@@ -216,7 +233,15 @@ def _performance(charts: Charts, run: Path) -> None:
     kinds = sorted(shares.mean, key=lambda name: (name != "compute", name))
     areas = [Series(name.replace("_", " "), table, shares.mean[name], color=i) for i, name in enumerate(kinds)]
     charts.charts.append(
-        Chart("intervals/shares", "Speed", "Where the time went", "share of wall time", areas, kind="stack", note=note)
+        Chart(
+            "intervals/shares",
+            "Speed",
+            "Where the time went",
+            "share of wall time",
+            areas,
+            kind="stack",
+            note=_means(shares, "intervals", extremes=False),
+        )
     )
 
 
@@ -266,9 +291,10 @@ def _is_positive(bins: Binned, members: Sequence[tuple[str, str, int | None]]) -
 
 def _is_central(group: str) -> bool:
     """What shows an instability first; the rest is folded."""
-    return group.split("/")[0] in ("update", "gradient", "attention") or (
-        group.startswith("hidden/") and group.endswith("/rms")
-    )
+    head, *rest = group.split("/")
+    if head == "hidden":
+        return rest[-1] == "rms" and rest[0].endswith(("_residual", "_output"))
+    return head in ("update", "gradient", "attention")
 
 
 def _importance(group: str) -> tuple[bool, str]:
@@ -276,4 +302,4 @@ def _importance(group: str) -> tuple[bool, str]:
 
 
 def _unit(group: str) -> str:
-    return next((unit for part, unit in _UNITS.items() if part in group.split("/")), group.split("/")[-1])
+    return next((unit for part, unit in _UNITS.items() if part in group), group.split("/")[-1])

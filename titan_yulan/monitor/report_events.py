@@ -15,7 +15,7 @@ from titan_yulan.monitor.report_series import Steps, each_line
 
 _MOST_OF_A_KIND = 500
 _STEP = re.compile(r"step-(\d+)")
-_KINDS = {"went back": "rollback", "resume": "start", "group": "start"}
+_KINDS = {"went back": "rollback", "group": "start"}
 _UNTOLD = ("time", "event", "step")
 
 

@@ -56,7 +56,7 @@ class Binned:
         self.mean: dict[str, list[float | None]] = {}
         self.low: dict[str, list[float | None]] = {}
         self.high: dict[str, list[float | None]] = {}
-        self._count, self._place, self._boundary = 0, (0, 0), None
+        self._count, self._place, self._boundary = 0, (0, 0), ""
         self._open: dict[str, list[float]] = {}  # weighted sum, weight, least, greatest
 
     def add(

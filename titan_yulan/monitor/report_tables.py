@@ -21,15 +21,14 @@ from titan_yulan.monitor.report_series import Steps, each_line
 _UNKNOWN = "not known"
 
 
-def head_items(run: Path, steps: Steps, history: History) -> list[tuple[str, str]]:
-    """The facts at the top of the page, as (name, value)."""
+def head_items(run: Path, steps: Steps, history: History, planned: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The facts at the top of the page, as (name, value); `planned`: of `planned_end`."""
     last, status = steps.kept[-1], read_status(run)
-    planned = _planned(run)
     state = str(status.get("state", _UNKNOWN))
     items = [("Status", state + (f": {status['message']}" if status.get("message") else ""))]
     items.append(("Phase", steps.phases[-1].name))
-    items.append(("Step", f"{last['step']:,} of {planned['end_step']}"))
-    items.append(("Tokens", f"{last['tokens']:,} of {planned['end_tokens']}"))
+    items.append(("Step", _of(last["step"], planned["end_step"])))
+    items.append(("Tokens", _of(last["tokens"], planned["end_tokens"])))
     items.append(("Parameters", planned["parameters"]))
     items.append(("Wall clock", _wall(history)))
     items += _speed(run)
@@ -42,14 +41,19 @@ def head_items(run: Path, steps: Steps, history: History) -> list[tuple[str, str
     return items
 
 
-def _planned(run: Path) -> dict[str, str]:
-    """What the configuration says of the whole run; one that this version cannot read (or none) says nothing."""
+def _of(done: int, planned: str) -> str:
+    return f"{done:,} of {planned}" if planned != _UNKNOWN else f"{done:,} (how many are planned is {_UNKNOWN})"
+
+
+def planned_end(run: Path) -> dict[str, str]:
+    """What the configuration says of the whole run: end_step, end_tokens, parameters; and `problem`, where this version
+    cannot read it (or there is none), so that an old run still has its page."""
     try:
         loaded = config.load(run / "config.toml").config
         plan = make_plan(loaded, newest_readable(run / "checkpoints", lambda line: None))
     except (UserError, RunError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        return dict.fromkeys(("end_step", "end_tokens", "parameters"), f"{_UNKNOWN} ({reason})")
+        unknown = dict.fromkeys(("end_step", "end_tokens", "parameters"), _UNKNOWN)
+        return unknown | {"problem": f"What config.toml plans is not known: {str(error).splitlines()[0]}"}
     return {
         "end_step": f"{plan.end.step:,}",
         "end_tokens": f"{plan.end.token:,}",
@@ -155,6 +159,11 @@ def thinning(steps: Steps, charts: Charts, history: History) -> list[str]:
     else:
         lines.append(f"All {steps.total:,} steps are drawn.")
     lines.append(f"The smoothed loss is an exponential mean over all steps, half-life {steps.half_life} steps.")
-    lines += sorted({f"{chart.title}: {chart.note}" for chart in charts.charts if "Means of" in chart.note})
+    notes: dict[str, list[str]] = {}
+    for chart in charts.charts:
+        if "Means of" in chart.note:
+            notes.setdefault(chart.note[chart.note.index("Means of") :], []).append(chart.title)
+    for note, titles in notes.items():
+        lines.append(f"{', '.join(titles[:4])}{f' and {len(titles) - 4} more' if len(titles) > 4 else ''}: {note}")
     lines += [f"Of events '{kind}' the oldest {count:,} are left out." for kind, count in history.left_out.items()]
     return lines

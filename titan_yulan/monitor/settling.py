@@ -11,6 +11,8 @@ from titan_yulan.parallel.compile import CompileWatch
 
 # After the model is built anew, compiling is no surprise for so many steps.
 _STEPS = 2
+# Steps between two collections, at most: what a step leaves for them is some thousand small objects, and no tensor.
+_COLLECT_EVERY = 50
 
 
 class Settling:
@@ -35,8 +37,12 @@ class Settling:
         """Goes around a step."""
         return self._watchdog.patient("a step that may compile") if self._left else nullcontext()
 
-    def after(self, step: int) -> None:
-        """Say what was compiled when it was to be expected, and complain when it was not."""
+    def after(self, step: int, printed: bool) -> None:
+        """Say what was compiled when it was to be expected, and complain when it was not; collect garbage now and then.
+
+        Args:
+            printed: whether a line was printed, which waits for the device anyway.
+        """
         if self._left:
             self._left -= 1
             if not self._left:
@@ -45,5 +51,7 @@ class Settling:
                 if line := self._compilations.settle():
                     self._say(line)
             return
+        if printed or step % _COLLECT_EVERY == 0:
+            self._garbage.collect()
         for line in self._compilations.recompiled():
             print(f"WARNING: step {step}, rank {self._rank}: {line}")

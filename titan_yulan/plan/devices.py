@@ -1,4 +1,4 @@
-"""What the forecasts know of devices: the numbers of their data sheets, and which part of them a program gets. No torch.
+"""What the forecasts know of devices: their data sheets' numbers, and which part of them a program gets. No torch.
 
 The data sheets' peaks for bfloat16 are given here without structured sparsity, and the bandwidths of links for one
 direction (NVIDIA writes the sum of both). A "GB" of a device's memory is 2^30 bytes, which is nearly what the driver

@@ -84,9 +84,7 @@ class StepTime:
         return flops_utilization(FORMULAS[formula].per_token(config, sequence_length), rate, 1e12 * device.peak)
 
 
-def step_time(
-    config: RunConfig, phase: PhaseSection, world: int, device: Device, assumptions: Assumptions
-) -> StepTime:
+def step_time(config: RunConfig, phase: PhaseSection, world: int, device: Device, assumptions: Assumptions) -> StepTime:
     """The forecast of one step.
 
     Raises:

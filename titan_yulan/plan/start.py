@@ -135,7 +135,11 @@ def worker_environment(
     start: Launch, machine: Machine, recovery: RecoverySection, folder: Path, given: Mapping[str, str]
 ) -> dict[str, str]:
     """The environment of torchrun and its workers: `given`, with defaults below it and our own above it."""
+    # memory in segments that can grow, or phases of several shapes leave holes that nothing fits into; the other name
+    # is the setting's older one
+    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in given else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     defaults = {
+        **(allocator if machine.accelerators else {}),
         "OMP_NUM_THREADS": str(max(1, machine.cores // start.processes)),
         # an NCCL error or time-out ends the process without the clean-up, which itself can hang
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",

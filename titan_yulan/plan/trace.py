@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -49,7 +49,7 @@ class Trace:
 
     Attributes:
         calls, received: of each collective ("all-gather" ...): how many, and the bytes that a ring brings the rank.
-        state: bytes of weights and Adam's moments before the first micro-batch.
+        state: bytes of weights, gradients and Adam's moments before, as in any micro-batch of a step but its first.
         kept: bytes that live beyond `state` between forward and backward of the first one.
         peak: most bytes that ever lived, `state` included.
         peak_in: the pass in which they did.
@@ -105,8 +105,8 @@ class LiveBytes(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        super().__exit__(exc_type, exc_val, exc_tb)
         self._patch.stop()
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -175,6 +175,8 @@ def trace(config: RunConfig, phase: PhaseSection, world: int, loss_bytes: int) -
         UserError: the layout does not fit `world` ranks.
     """
     degrees = resolve_degrees(phase.parallel, world, config.model, phase.sequence_length)
+    if config.model.kernels == "triton":  # which insists; the operators are the same
+        config = replace(config, model=replace(config.model, kernels="auto"))
     with _ranks(world):
         mesh = build_mesh(degrees, "cpu")
         with FakeTensorMode(allow_non_fake_inputs=True), _real_meshes(), _attention_of_a_gpu():
@@ -194,7 +196,9 @@ def _run(config: RunConfig, phase: PhaseSection, mesh: Mesh, loss_bytes: int) ->
     inputs = _inputs(config, phase)
     passes = (False, True) if phase.parallel.synchronize == "last" else (True,)
     memory, collectives = LiveBytes(), _Collectives(mesh.degrees.replicate)
-    memory.add(decoder.parameters())
+    for parameter in decoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        memory.add((parameter, parameter.grad))
     memory.add(tensor for state in optimizer.state.values() for tensor in state.values())
     state = memory.live
     kept = 0

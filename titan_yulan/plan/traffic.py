@@ -78,9 +78,8 @@ def exchanges(
     if degrees.tensor > 1:
         chunks = math.ceil(shape.tokens / chunk_tokens)
         statistics = 3 * 4 * degrees.tensor * shape.tokens // chunks
-        found.append(
-            Exchange("statistics of the loss", "all-gather", degrees.tensor, 1, micro_batches * chunks, statistics, True)
-        )
+        calls = micro_batches * chunks
+        found.append(Exchange("statistics of the loss", "all-gather", degrees.tensor, 1, calls, statistics, True))
     return [exchange for exchange in found if exchange.ranks > 1]
 
 
@@ -100,12 +99,8 @@ def _of_weights(
     block, root = weights.block_shard * ways, weights.root_shard * ways
     yield Exchange("weights of blocks", "all-gather", ways, stride, gathers, size * block, False)
     yield Exchange("weights of embedding and head", "all-gather", ways, stride, micro_batches, size * root, True)
-    yield Exchange(
-        "gradients of blocks", "reduce-scatter", ways, stride, reductions * layers, reduced * block, False
-    )
-    yield Exchange(
-        "gradients of embedding and head", "reduce-scatter", ways, stride, reductions, reduced * root, True
-    )
+    yield Exchange("gradients of blocks", "reduce-scatter", ways, stride, reductions * layers, reduced * block, False)
+    yield Exchange("gradients of embedding and head", "reduce-scatter", ways, stride, reductions, reduced * root, True)
     replicas, apart = degrees.replicate, ways * stride
     yield Exchange(
         "gradients of blocks, replicas",

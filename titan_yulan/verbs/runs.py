@@ -21,6 +21,20 @@ def add(verbs: Any) -> None:
     )
     plan.add_argument("config", nargs="?", default="debug.toml", metavar="FILE", help="as for train --config")
     plan.add_argument("--gpus", type=int, metavar="N", help="ranks of the run")
+    plan.add_argument("--device", metavar="NAME", help="forecast memory, time and traffic on N such GPUs, as h100")
+    plan.add_argument("--phase", default="", metavar="NAME", help="with --device: of this phase alone")
+    plan.add_argument(
+        "--interconnect",
+        default="",
+        metavar="LINK,NETWORK[,NODE]",
+        help="with --device: GB/s of a GPU in one direction, inside and between nodes; GPUs of a node",
+    )
+    plan.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=NUMBER", help="with --device: another number for it"
+    )
+    plan.add_argument(
+        "--trace", action="store_true", help="with --device: run the model's code without numbers, and count"
+    )
     plan.add_argument("--warn-share", type=float, default=0.05, help="warn where neighbouring mixes differ by more")
     plan.add_argument("--top", type=int, default=8, metavar="N", help="sources to show for each phase; 0: all")
     plan.set_defaults(takes_keys=True)
@@ -64,10 +78,35 @@ def _show_plan(options: argparse.Namespace) -> None:
         value, least = getattr(options, name), 1 if name == "gpus" else 0
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
+    if options.device is not None:
+        _show_devices(options)
+        return
+    for name in ("phase", "interconnect", "assume", "trace"):
+        if getattr(options, name):
+            raise UserError(f"--{name} needs --device NAME, such as h100")
     plan = planned(options)
     forecasts = forecast(plan, prepared_tokens(plan.config), options.gpus)
     for line in plan_lines(plan, forecasts, options.gpus, options.warn_share, options.top):
         print(line)
+
+
+def _show_devices(options: argparse.Namespace) -> None:
+    from titan_yulan.plan.device_picture import device_lines, stages
+    from titan_yulan.plan.devices import choose
+
+    if options.gpus is None:
+        raise UserError(f"--device {options.device} needs --gpus N")
+    device, assumptions = choose(options.device, options.interconnect, options.assume)
+    plan = planned(options)
+    found = stages(plan, options.gpus, device, assumptions, options.phase)
+    for line in device_lines(plan, found, options.gpus, device, assumptions):
+        print(line)
+    if options.trace:
+        from titan_yulan.plan.trace_picture import trace_lines
+
+        for stage in found:
+            for line in trace_lines(plan.config, stage, options.gpus):
+                print(line)
 
 
 def _draw(options: argparse.Namespace) -> None:
