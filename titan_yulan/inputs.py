@@ -14,6 +14,7 @@ from titan_yulan.checkpoint.resume import check_data
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.ledger import ledger, ledger_json
 from titan_yulan.curriculum.plan import PhasePlan, Plan
+from titan_yulan.data.mask_token import mask_token
 from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape, open_tape
 from titan_yulan.data.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class RunInputs:
         sizes: source -> tokens.
         fingerprints: source -> fingerprint, of all that were ever read.
         tasks: those of [eval] tasks; None: there are none.
+        mask_token_id: what stands for a hidden token; None: the objective hides none.
     """
 
     def __init__(self, config: RunConfig, plan: Plan) -> None:
@@ -40,9 +42,10 @@ class RunInputs:
         """
         self._plan = plan
         self.tokenizer = Tokenizer.load(Path(config.tokenizer.path))
+        self.mask_token_id = mask_token(config, self.tokenizer.vocab_size)
         self.tapes = {plan.sources.index(name): open_tape(config, name) for name in config.sources_to_read}
-        self.sizes = {plan.sources[i]: tape.source.tokens for i, tape in self.tapes.items()}
-        self.fingerprints = {plan.sources[i]: tape.source.fingerprint for i, tape in self.tapes.items()}
+        self.sizes = {plan.sources[i]: tape.length for i, tape in self.tapes.items()}
+        self.fingerprints = {plan.sources[i]: tape.fingerprint for i, tape in self.tapes.items()}
         paths = {i: config.data.sources[plan.sources[i]].validation_path for i in self.tapes}
         self.held_out_tapes = {i: _held_out_tape(path) for i, path in paths.items() if path}
         # one length for the whole run, so that the losses of all phases can be compared

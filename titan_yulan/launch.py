@@ -30,9 +30,12 @@ from titan_yulan.config.model import count_parameters
 from titan_yulan.config.sections import RecoverySection, RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.ensure import ensure_prepared
+from titan_yulan.data.mask_token import mask_token
 from titan_yulan.data.partition import micro_batches
 from titan_yulan.data.report import say_now
 from titan_yulan.data.source import Source
+from titan_yulan.data.tape import open_tape
+from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.monitor.metrics import read_status, write_atomically, write_status
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
@@ -305,12 +308,12 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
     Raises:
         UserError: naming the source.
     """
-    sources = {name: Source.open(Path(config.data.sources[name].path)) for name in config.sources_to_read}
+    sources = {name: open_tape(config, name) for name in config.sources_to_read}
     for phase in plan.phases[config.first_phase :]:
         for name in sources:
-            if phase.section.mix.get(name) and sources[name].tokens < phase.sequence_length + 1:
+            if phase.section.mix.get(name) and sources[name].length < phase.sequence_length + 1:
                 raise UserError(
-                    f"data.sources.{name} holds {sources[name].tokens} tokens, fewer than one row of phase "
+                    f"data.sources.{name} holds {sources[name].length} tokens, fewer than one row of phase "
                     f"{phase.name!r} ({phase.sequence_length} + 1); shorten phase.sequence_length or add text"
                 )
     for name in sources:
@@ -320,14 +323,13 @@ def check_sources(config: RunConfig, plan: Plan, checkpoint: Checkpoint | None, 
                 f"data.sources.{name}.validation_path: {path} holds fewer tokens than one row ({length} + 1); hold out "
                 "more text (validation_share) or leave the key out"
             )
+    tokenizer = Tokenizer.load(Path(config.tokenizer.path))
+    mask_token(config, tokenizer.vocab_size)
     if checkpoint is not None:
-        from titan_yulan.data.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(Path(config.tokenizer.path))
         prints = {name: source.fingerprint for name, source in sources.items()}
         check_data(checkpoint, prints, tokenizer.fingerprint, allow_changes)
     ends = dict(zip(plan.sources, plan.phases[-1].tapes(plan.phases[-1].rows_total), strict=True))
-    prepared = {name: source.tokens for name, source in sources.items()}
+    prepared = {name: source.length for name, source in sources.items()}
     for name, tokens in prepared.items():
         print(f"source         {name}: {tokens:,} tokens, read {ends[name] / tokens:.2f} times by the end")
     reached = checkpoint.step if checkpoint is not None else plan.phases[0].start.step

@@ -20,6 +20,7 @@ from titan_yulan.checkpoint.universal import UniversalFolder
 from titan_yulan.checkpoint.universal_state import load_universal
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
+from titan_yulan.data import hashing
 from titan_yulan.data.loader import Batch, Loader, Tapes, fingerprint
 from titan_yulan.errors import RunError
 from titan_yulan.eval.evaluate import Result
@@ -30,8 +31,8 @@ from titan_yulan.monitor.observation import Observation
 from titan_yulan.monitor.recorder import StepValues
 from titan_yulan.monitor.recovery import LEFT_OUT
 from titan_yulan.monitor.statistics import is_due
+from titan_yulan.objective.build import build_objective
 from titan_yulan.objective.forward import forward
-from titan_yulan.objective.next_token import NextToken
 from titan_yulan.optimizer.adamw import build_adamw, clip_gradients, optimizer_state, set_learning_rate, step_unless
 from titan_yulan.optimizer.guard import Guard
 from titan_yulan.optimizer.rebalance import rebalance
@@ -51,10 +52,17 @@ class Learner:
     """One rank's part of the model and what trains it; `build` comes first, and again when the layout changes."""
 
     def __init__(
-        self, config: RunConfig, plan: Plan, world: World, kernels: Kernels, say: Callable[[str], None]
+        self,
+        config: RunConfig,
+        plan: Plan,
+        world: World,
+        kernels: Kernels,
+        say: Callable[[str], None],
+        mask_token_id: int | None = None,
     ) -> None:
+        """`mask_token_id`: see `data.mask_token`; for masked diffusion."""
         self.config, self.plan, self.world = config, plan, world
-        self._kernels, self._say = kernels, say
+        self._kernels, self._say, self._mask_token_id = kernels, say, mask_token_id
 
     def build(self, phase: PhasePlan) -> None:
         """A fresh model, optimizer and guard in the layout of `phase`; all ranks together."""
@@ -76,12 +84,8 @@ class Learner:
             section.activation_checkpoint,
             config.compile,
         )
-        self.objective = NextToken(
-            config.objective,
-            len(self.plan.sources),
-            self._kernels,
-            group=self.mesh.tensor_group,
-            vocabulary_size=config.model.vocab_size,
+        self.objective = build_objective(
+            config, len(self.plan.sources), self._kernels, self._mask_token_id, self.mesh.tensor_group
         )
         compile_loss(self.objective, config.compile)
         self.optimizer = build_adamw(self.decoder, config.model, config.optimizer)
@@ -153,7 +157,10 @@ class Learner:
             batches: this rank's micro-batches.
             between: called between micro-batches, on all ranks alike; may raise to drop the step.
         """
-        mesh, phase = self.mesh, self.plan.phase_at(step)
+        mesh, phase, model = self.mesh, self.plan.phase_at(step), self.config.model
+        if model.attention_dropout or model.hidden_dropout:
+            # dropout is no contract: a restart on as many ranks drops the same, other ranks drop as much
+            torch.manual_seed(hashing.key(self.config.run.seed, "dropout", step, self.world.rank))
         batches = [batch.to(self.world.device) for batch in batches]
         inputs = [self.objective.inputs(batch) for batch in batches]
         # context ranks read the same rows: the first of them speaks for all

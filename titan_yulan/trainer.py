@@ -104,7 +104,7 @@ class Trainer:
         self.recovery.recall(world)
         self.step_times, self.garbage = StepTimes(world), GarbageCollection()
         self.settling = Settling(watchdog, self.garbage, world.rank, self.say)
-        self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say)
+        self.learner = Learner(config, self.plan, world, self._choose_kernels(), self.say, self.inputs.mask_token_id)
         self._build(self.plan.phase_at(self.step))
         if checkpoint is not None:
             self.inputs.carry_on(checkpoint, allow_changes)

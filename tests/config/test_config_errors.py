@@ -93,7 +93,10 @@ def test_six_mistakes_come_in_one_go(tmp_path: Path) -> None:
         ("--phase.length=40", "found 40 (a whole number); allowed: a duration like '40B' or '1000 steps'"),
         ("--phase.length=7 rows", "'7 rows' is less than one global batch (1024 tokens); raise it"),
         ("--phase.length=1.5 steps", "found '1.5 steps'; allowed: a whole number of steps"),
-        ("--phase.length=none", "missing; required unless every amount of the mix is in tokens"),
+        (
+            "--phase.length=none",
+            "missing; required unless every amount of the mix is in tokens, or epochs and unique_tokens are set",
+        ),
         ("--phase.mix={}", "nothing to read; allowed: at least one source above 0"),
         ("--phase.mix={code=0}", "nothing to read; allowed: at least one source above 0"),
         ("--phase.mix={code=1,math='1M'}",

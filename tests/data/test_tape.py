@@ -136,3 +136,32 @@ def test_layouts_are_cached_and_bounded(tmp_path: Path, monkeypatch: pytest.Monk
         reader.read(start, 1)
     assert sorted(opened) == list(range(8))  # reading on touches every shard once
     assert len(reader._shards) <= tape._CACHED_SHARDS
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=5), min_size=1, max_size=4), st.integers(1, 60),
+    st.integers(0, 3), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_subset_is_the_first_documents_in_a_new_order_in_each_epoch(
+    shards: list[list[int]], limit: int, seed: int, masked: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = make_source(Path(folder) / "s", shards, masked=masked)
+        tape = Tape(source, seed, limit=limit)
+        size = min(limit, source.tokens)
+        assert tape.length == size
+        ends = np.cumsum([length for shard in shards for length in shard])
+        documents = int(np.searchsorted(ends, size)) + 1
+        for epoch in range(3):
+            read = tape.read(epoch * size, size)
+            assert sorted(read.tokens.tolist()) == list(range(size))  # tokens are numbered as they are stored
+            assert read.epoch == epoch
+            assert set((read.document_ids - epoch * documents).tolist()) == set(range(documents))
+            if read.loss_mask is not None:
+                assert read.loss_mask.tolist() == [token % 3 == 0 for token in read.tokens.tolist()]
+        assert tape.read(size // 2, 2 * size).tokens.tolist() == [
+            *tape.read(size // 2, size - size // 2).tokens.tolist(),
+            *tape.read(size, size + size // 2).tokens.tolist(),
+        ]
+        assert (tape.fingerprint == source.fingerprint) == (size == source.tokens)

@@ -20,7 +20,7 @@ from titan_yulan.model.decoder import DecoderLayer
 from titan_yulan.monitor import hidden_states
 from titan_yulan.monitor.hidden_states import logsumexp_sums, observe
 from titan_yulan.monitor.statistics import Summands, add_up, is_due, sampled_layers
-from titan_yulan.objective.next_token import Inputs
+from titan_yulan.objective.objective import Inputs
 
 YULAN = ModelConfig(
     vocab_size=19,
@@ -68,8 +68,10 @@ def random_inputs(rows: int = 3, length: int = 9, documents: bool = False) -> In
         input_ids=ids,
         targets=ids,
         weights=torch.ones(rows, length),
+        counts=torch.ones(rows, length),
         position_ids=places % 4 if documents else None,
         document_ids=places // 4 if documents else None,
+        visible=None,
         source=torch.zeros(rows, dtype=torch.int64),
         denominator=torch.tensor(1.0),
     )

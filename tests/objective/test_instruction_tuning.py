@@ -24,7 +24,8 @@ from titan_yulan.data.loader import Batch, read_rows
 from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape
 from titan_yulan.model import Decoder
-from titan_yulan.objective.next_token import Inputs, NextToken
+from titan_yulan.objective.next_token import NextToken
+from titan_yulan.objective.objective import Inputs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
 LENGTH = 96

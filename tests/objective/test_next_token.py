@@ -8,7 +8,8 @@ from torch import Tensor
 
 from titan_yulan.config.sections import ObjectiveSection
 from titan_yulan.data.loader import Batch
-from titan_yulan.objective.next_token import Inputs, NextToken
+from titan_yulan.objective.next_token import NextToken
+from titan_yulan.objective.objective import Inputs
 
 ROWS, LENGTH, VOCAB, HIDDEN, SOURCES = 4, 9, 17, 6, 3
 

@@ -11,10 +11,23 @@ from titan_yulan.config.bind import INVALID, Binder, nearest
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import KeyPath, toml_string
-from titan_yulan.config.sections import BatchSection, LearningRateSegment, PhaseSection, RunConfig
+from titan_yulan.config.sections import BatchSection, LearningRateSegment, ObjectiveSection, PhaseSection, RunConfig
+from titan_yulan.config.subset import shares_of_unique, unique_amount
 from titan_yulan.config.values import Duration, Tokens, amount, parse_steps
 
 _FOLDER_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,199}$")
+
+# key -> the value that says nothing
+_KEYS_OF_OBJECTIVES = {
+    "autoregressive": {"token_mask_share": 0.0, "orders": 1, "order_kind": "random"},
+    "masked_diffusion": {
+        "mask_token_id": None,
+        "minimum_mask_ratio": 1e-3,
+        "low_noise_rows": 0,
+        "validation_samples": 1,
+        "left_to_right_share": 0.0,
+    },
+}
 
 
 def check(config: RunConfig, binder: Binder) -> None:
@@ -29,6 +42,7 @@ def _sound(*values: Any) -> bool:
 class _Check:
     def __init__(self, config: RunConfig, binder: Binder) -> None:
         self.config, self.binder = config, binder
+        self.limits: dict[str, tuple[int | None, KeyPath]] = {}  # source -> its subset, and the phase that says so
 
     def refuse(self, path: KeyPath, text: str) -> None:
         self.binder.problems.add(self.binder.at(path), text)
@@ -50,9 +64,21 @@ class _Check:
         for key in ("wandb_group", "wandb_name"):
             if getattr(config.monitor, key) and not config.monitor.wandb_project:
                 self.refuse(("monitor", key), "nothing is sent without monitor.wandb_project; set that, or remove this")
+        self.objective(config.objective)
         self.phase_names()
         for index, phase in enumerate(config.phases):
             self.phase(phase, ("phases", index))
+
+    def objective(self, section: ObjectiveSection) -> None:
+        if not _sound(section, section.kind):
+            return
+        for kind, keys in _KEYS_OF_OBJECTIVES.items():
+            for key, unused in keys.items():
+                value = getattr(section, key)
+                if section.kind != kind and _sound(value) and value != unused:
+                    self.refuse(
+                        ("objective", key), f"{value} has no effect with kind = {section.kind!r}; needs {kind!r}"
+                    )
 
     def folder_name(self, path: KeyPath, name: str) -> None:
         if _sound(name) and not _FOLDER_NAME.match(name):
@@ -187,8 +213,34 @@ class _Check:
             self.refuse((*path, "mix"), text)
         elif not any(amount(share) for share in mix.values()):
             self.refuse((*path, "mix"), "nothing to read; allowed: at least one source above 0")
-        elif weights and phase.length is None:
-            self.refuse((*path, "length"), "missing; required unless every amount of the mix is in tokens")
+        elif weights and phase.length is None and phase.epochs is None:
+            text = "missing; required unless every amount of the mix is in tokens, or epochs and unique_tokens are set"
+            self.refuse((*path, "length"), text)
+        self.unique(phase, path)
+
+    def unique(self, phase: PhaseSection, path: KeyPath) -> None:
+        """Subsets: in every phase the same of a source, because its tape goes on from phase to phase."""
+        if not _sound(phase.unique_tokens, phase.epochs, phase.length):
+            return
+        if phase.epochs is not None and phase.unique_tokens is None:
+            self.refuse((*path, "epochs"), f"{phase.epochs} of what? set unique_tokens, or write a length")
+        elif phase.epochs is not None and phase.length is not None:
+            self.refuse(
+                (*path, "epochs"), f"{phase.epochs} and length = '{phase.length}' both say how long; remove one"
+            )
+        elif phase.epochs is not None:
+            length = Duration(phase.epochs * (unique_amount(phase) or 0), "tokens")
+            self.length(phase, length, (*path, "epochs"))
+        for name in (name for name, share in phase.mix.items() if amount(share)):
+            limit = shares_of_unique(phase).get(name)
+            first, place = self.limits.setdefault(name, (limit, path))
+            if limit != first:
+                self.refuse(
+                    (*path, "unique_tokens"),
+                    f"{_limited(limit)} of {name!r}, but {_limited(first)} in the phase at "
+                    f"{self.binder.at((*place, 'name')).where}; a source has one subset in a run: give the other a "
+                    "name of its own in [data.sources]",
+                )
 
     def patterns(self, path: KeyPath, patterns: tuple[str, ...], sources: dict[str, Any]) -> None:
         """Refuse names and globs that match no source."""
@@ -275,6 +327,10 @@ class _Check:
             self.refuse((*path, "hold_at"), f"'{hold}' is past the end of the segment, over = '{over}'; lower it")
 
 
+def _limited(limit: int | None) -> str:
+    return "all tokens" if limit is None else f"{limit:,} tokens"
+
+
 def _rows(batch: BatchSection, sequence_length: int) -> int | None:
     """Rows of one global batch, if they can be told."""
     return batch.rows(sequence_length) if _sound(batch.global_batch_size, sequence_length) else None
@@ -286,10 +342,16 @@ def _tokens(duration: Duration, phase: PhaseSection) -> float | None:
     if duration.unit == "tokens":
         return duration.value
     if duration.unit == "share":
-        length = phase.length
+        length = _length(phase)
         known = _sound(length) and length is not None and length.unit != "share"
         whole = _tokens(length, phase) if known and length is not None else None
         return None if whole is None else duration.value * whole
     if not _sound(phase.sequence_length) or (duration.unit == "steps" and rows is None):
         return None
     return duration.value * phase.sequence_length * ((rows or 0) if duration.unit == "steps" else 1)
+
+
+def _length(phase: PhaseSection) -> Duration | None:
+    if _sound(phase.epochs, phase.unique_tokens) and phase.epochs is not None and phase.unique_tokens is not None:
+        return Duration(phase.epochs * (unique_amount(phase) or 0), "tokens")
+    return phase.length

@@ -104,6 +104,9 @@ def _member(hidden: int, head_width: int, heads: int, layers: int) -> ModelConfi
         initializer_range=0.02,
         initialization="minicpm",  # the rule that takes a divisor for o and down
         output_init_divisor=math.sqrt(2 * layers),
+        # the published runs had them: the code's defaults, which no script of theirs overrides
+        attention_dropout=0.1,
+        hidden_dropout=0.1,
     )
 
 

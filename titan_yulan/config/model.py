@@ -99,6 +99,11 @@ class ModelConfig:
     norm_alpha: float = setting(1.0, "initial value")
     lm_head_alpha: float = setting(1.0, "initial value")
 
+    attention_dropout: float = setting(0.0, "share of attention weights that training drops", ge=0, lt=1)
+    hidden_dropout: float = setting(
+        0.0, "share of numbers that training drops of the embedding's and of every block's two outputs", ge=0, lt=1
+    )
+
     kernels: str = setting(
         "auto",
         "who computes norms, SwiGLU and the loss; auto: Triton where it runs, else plain PyTorch",

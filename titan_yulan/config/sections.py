@@ -183,6 +183,15 @@ class PhaseSection:
     lr: tuple[LearningRateSegment, ...] = setting(
         (), "learning-rate segments from the start of this phase; none: the segment before goes on"
     )
+    unique_tokens: int | Tokens | None = setting(
+        None,
+        "how many different tokens the phase reads, again and again if it is longer: each source's share of them, from "
+        "the first documents of its folder; none: all that are prepared",
+        ge=1,
+    )
+    epochs: float | None = setting(
+        None, "how often unique_tokens are read, each time in a new order, instead of a length", gt=0
+    )
     rope_theta: float | None = setting(None, "rotary base from this phase on; none: as in [model]", gt=0)
     after: str = setting("", "the phase file that comes before this one, relative to this file")
     start_from: str = setting(
@@ -209,11 +218,51 @@ class PhaseSection:
 
 @dataclass(frozen=True)
 class ObjectiveSection:
-    """`[objective]`: what is minimised."""
+    """`[objective]`: what is minimised.
 
+    The perturbations act in training alone, never in validation or evaluation (arXiv 2507.15857).
+    """
+
+    kind: str = setting(
+        "autoregressive",
+        "autoregressive: the next token from those before it; masked_diffusion: hidden tokens from all others",
+        choices=("autoregressive", "masked_diffusion"),
+    )
     z_loss: float = setting(1e-4, "weight of the squared log-partition added to the cross-entropy", ge=0)
     document_mask: bool = setting(False, "a token attends only to its own document")
     restart_positions: bool = setting(False, "rotary positions start again at 0 in every document")
+    mask_token_id: int | None = setting(
+        None,
+        "masked_diffusion: what stands in the place of a hidden token; none: the first row of the embedding behind the "
+        "tokenizer's ids",
+        ge=0,
+    )
+    minimum_mask_ratio: float = setting(
+        1e-3, "masked_diffusion: least share of hidden tokens, which bounds their weight", gt=0, lt=1
+    )
+    low_noise_rows: int = setting(
+        0, "masked_diffusion: in the run's first so many rows half as many tokens are hidden", ge=0
+    )
+    validation_samples: int = setting(
+        1, "masked_diffusion: how often each held-out row is read, every time with other hidden tokens", ge=1
+    )
+    left_to_right_share: float = setting(
+        0.0, "masked_diffusion, perturbation: share of rows whose hidden tokens are all at the end", ge=0, le=1
+    )
+    token_mask_share: float = setting(
+        0.0,
+        "autoregressive, perturbation: share of tokens that do not see a random part of those before them",
+        ge=0,
+        le=1,
+    )
+    orders: int = setting(
+        1, "autoregressive, perturbation: orders in which rows are predicted; 1: from left to right alone", ge=1
+    )
+    order_kind: str = setting(
+        "random",
+        "of those orders; predefined: order i is that of place + i * normal noise",
+        choices=("random", "predefined"),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from titan_yulan.config.sections import PhaseSection, RunConfig
+from titan_yulan.config.subset import unique_amount
 from titan_yulan.config.values import Duration, Unit, amount
 from titan_yulan.curriculum.adaptive import Adjustment
 from titan_yulan.curriculum.learning_rate import Schedule, place_segments
@@ -224,6 +225,15 @@ class Plan:
         return self.config.optimizer.learning_rate * self._schedule(step)
 
 
+def phase_length(section: PhaseSection) -> Duration:
+    """The length of a phase: as written, or its epochs of unique tokens, or the amounts of its mix."""
+    if section.length is not None:
+        return section.length
+    if section.epochs is not None:
+        return Duration(section.epochs * (unique_amount(section) or 0), "tokens")
+    return Duration(sum(amount(share) for share in section.mix.values()), "tokens")
+
+
 def phase_steps(section: PhaseSection) -> int:
     """Optimizer steps of a phase: its length rounded down to whole global batches.
 
@@ -231,7 +241,7 @@ def phase_steps(section: PhaseSection) -> int:
         UserError: not even one batch fits.
     """
     rows = section.batch.rows(section.sequence_length)
-    length = section.length or Duration(sum(amount(share) for share in section.mix.values()), "tokens")
+    length = phase_length(section)
     tokens = rows * section.sequence_length
     steps = int({"steps": length.value, "rows": length.value / rows, "tokens": length.value / tokens}[length.unit])
     if steps < 1:

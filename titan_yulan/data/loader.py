@@ -21,6 +21,7 @@ from torch import Tensor
 from titan_yulan.data import hashing
 from titan_yulan.data.partition import micro_batches, rank_rows
 from titan_yulan.data.tape import Tape
+from titan_yulan.data.tensor_hashing import GOLDEN, POSITION, mix
 
 
 class RowPlan(Protocol):
@@ -217,27 +218,6 @@ class Prefetcher:
         self._items.put(self._END)  # a consumer that still waits is told that this was all
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_M1 = _signed(0xBF58476D1CE4E5B9)
-_M2 = _signed(0x94D049BB133111EB)
-_POSITION = _signed(0xD6E8FEB86659FD93)
-
-
-def _shift(values: Tensor, n: int) -> Tensor:
-    """Logical shift right of int64 (PyTorch's is arithmetic)."""
-    return (values >> n) & ((1 << (64 - n)) - 1)
-
-
-def _mix(values: Tensor) -> Tensor:
-    values = (values ^ _shift(values, 30)) * _M1
-    values = (values ^ _shift(values, 27)) * _M2
-    return values ^ _shift(values, 31)
-
-
 def fingerprint(tokens: Tensor) -> Tensor:
     """`data.hashing.fingerprint` of a tensor, where it is: (rows, length) int64 -> (rows,) int64, the same 64 bits."""
     if tokens.device.type == "cpu":
@@ -247,5 +227,5 @@ def fingerprint(tokens: Tensor) -> Tensor:
 
 def fingerprint_on_device(tokens: Tensor) -> Tensor:
     """`fingerprint` by PyTorch's operators, for any device."""
-    places = (torch.arange(tokens.shape[-1], device=tokens.device) + 1) * _POSITION
-    return _mix(_mix((tokens + 1) * _GOLDEN + places).sum(-1))
+    places = (torch.arange(tokens.shape[-1], device=tokens.device) + 1) * POSITION
+    return mix(mix((tokens + 1) * GOLDEN + places).sum(-1))

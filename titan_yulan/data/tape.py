@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.config.subset import source_limit
 from titan_yulan.data import hashing
 from titan_yulan.data.source import Source
+from titan_yulan.errors import UserError
 
 _CACHED_SHARDS = 4
 _LONG_STRETCH = 150  # tokens in the mean, from which on a copy for each is faster than an index for every token
@@ -63,25 +65,40 @@ class _ShardLayout:
 class Tape:
     """See the head of the file. One thread may read while another does."""
 
-    def __init__(self, source: Source, seed: int, shuffle: bool = False) -> None:
+    def __init__(self, source: Source, seed: int, shuffle: bool = False, limit: int | None = None) -> None:
         """
         Args:
             source: what is on the tape; it has at least one token.
             seed: seed of the orders.
             shuffle: also the documents of an ordered source.
+            limit: only so many tokens are on the tape, from the first documents as they are stored, of which the last
+                is cut; None: all.
         """
         self.source = source
         self._ordered = source.ordered and not shuffle
         self.seed = seed
-        self.length = source.tokens  # tokens of one epoch
-        self._documents = source.documents
-        self._shard_tokens = np.array([shard.tokens for shard in source.shards], np.int64)
-        self._shard_documents = np.array([shard.documents for shard in source.shards], np.int64)
+        self.length = source.tokens if limit is None else min(limit, source.tokens)  # tokens of one epoch
+        tokens = np.array([shard.tokens for shard in source.shards], np.int64)
+        documents = np.array([shard.documents for shard in source.shards], np.int64)
+        if self.length < source.tokens:
+            ends = np.cumsum(tokens)
+            last = int(np.searchsorted(ends, self.length))  # the shard that the limit falls into
+            tokens[last] -= ends[last] - self.length
+            documents[last] = np.searchsorted(source.shard_offsets(last)[:-1], tokens[last])
+            tokens, documents = tokens[: last + 1], documents[: last + 1]
+        self._shard_tokens, self._shard_documents = tokens, documents
+        self._documents = int(documents.sum())
         self._epochs: OrderedDict[int, _EpochLayout] = OrderedDict()
         self._shards: OrderedDict[tuple[int, int], _ShardLayout] = OrderedDict()
         self._lock = threading.Lock()
         self._fingerprint = source.fingerprint
         self._verified: set[int] = set()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is on the tape."""
+        whole = self.length == self.source.tokens
+        return self.source.fingerprint if whole else f"{self.source.fingerprint}:{self.length}"
 
     def read(self, start: int, count: int) -> TapeSlice:
         """The tokens [start, start + count) of the tape, through documents, shards and epochs.
@@ -119,7 +136,7 @@ class Tape:
     def _epoch_layout(self, epoch: int) -> _EpochLayout:
         layout = self._epochs.get(epoch)
         if layout is None:
-            count = len(self.source.shards)
+            count = len(self._shard_tokens)
             shards = np.arange(count) if self._ordered else hashing.permutation(self._key(epoch, "shards"), count)
             layout = _EpochLayout(shards, _starts(self._shard_tokens[shards]), _starts(self._shard_documents[shards]))
         _remember(self._epochs, epoch, layout)
@@ -132,8 +149,8 @@ class Tape:
                 # once, when first touched: hashing 20 MB takes some 20 ms, and flipped bytes would train silently
                 self.source.verify_shard(shard)
                 self._verified.add(shard)
-            offsets = np.array(self.source.shard_offsets(shard))
-            count = len(offsets) - 1
+            count = int(self._shard_documents[shard])
+            offsets = np.minimum(self.source.shard_offsets(shard)[: count + 1], self._shard_tokens[shard])
             order = np.arange(count) if self._ordered else hashing.permutation(self._key(epoch, shard), count)
             layout = _ShardLayout(
                 tokens=self.source.shard_tokens(shard),
@@ -152,11 +169,17 @@ def open_tape(config: RunConfig, name: str) -> Tape:
     """The tape of a run's source.
 
     Raises:
-        UserError: it is not prepared.
+        UserError: it is not prepared, or has fewer tokens than `[phase] unique_tokens` wants of it.
         RunError: it is damaged.
     """
     shuffle = any(fnmatch.fnmatchcase(name, pattern) for pattern in config.data.shuffle)
-    return Tape(Source.open(Path(config.data.sources[name].path)), config.run.seed, shuffle)
+    source, limit = Source.open(Path(config.data.sources[name].path)), source_limit(config, name)
+    if limit is not None and limit > source.tokens:
+        raise UserError(
+            f"phase.unique_tokens: {limit:,} of them are to come from {name!r}, which holds {source.tokens:,}; lower "
+            "it, or prepare more text"
+        )
+    return Tape(source, config.run.seed, shuffle, limit)
 
 
 def _documents_between(shard: _ShardLayout, first: int, last: int) -> tuple[int, np.ndarray, np.ndarray]:

@@ -44,7 +44,14 @@ class Branches(WholeRows):
         self._mask = (same | (branches == 0)[:, None, None, :]).tril()  # (rows, 1, length, length)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        causal: bool,
+        dropout: float = 0.0,
     ) -> Tensor:
         """`model.attend.attend` with the mask of the branches."""
         return attend(query, key, value, scale, self._mask, causal=False)

@@ -52,7 +52,14 @@ class KeyValueCache(WholeRows):
         return (queries - self.pads[:, None]).clamp(min=0)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        causal: bool,
+        dropout: float = 0.0,
     ) -> Tensor:
         """`model.attend.attend`, causal, to all places that were read; who may see whom is known here."""
         if len(self._kept) == self._layer:

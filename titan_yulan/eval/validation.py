@@ -14,7 +14,7 @@ from titan_yulan.data.partition import micro_batches, rank_rows
 from titan_yulan.data.tape import Tape
 from titan_yulan.model import Decoder
 from titan_yulan.objective.forward import forward
-from titan_yulan.objective.next_token import NextToken
+from titan_yulan.objective.objective import Objective
 from titan_yulan.parallel.mesh import Mesh
 
 
@@ -42,7 +42,7 @@ class HeldOutRows:
 @torch.no_grad()
 def validation_loss(
     decoder: Decoder,
-    objective: NextToken,
+    objective: Objective,
     held_out: HeldOutRows,
     tapes: Tapes,
     sources: int,
@@ -64,8 +64,9 @@ def validation_loss(
     for i in range(micro_batches(held_out.batch_rows, mesh.data_size, micro_batch_size)):
         between("validation")
         part = numbers[i * micro_batch_size : (i + 1) * micro_batch_size]
-        inputs = objective.inputs(read_rows(held_out, tapes, part, micro_batch_size).to(device))
-        loss = forward(decoder, objective, inputs)
-        sums += torch.stack([loss.cross_entropy, loss.tokens])
+        batch = read_rows(held_out, tapes, part, micro_batch_size).to(device)
+        for sample in range(objective.validation_samples):
+            loss = forward(decoder, objective, objective.validation_inputs(batch, sample))
+            sums += torch.stack([loss.cross_entropy, loss.tokens])
     dist.all_reduce(sums, group=mesh.loss_group)
     return sums[0], sums[1]

@@ -30,6 +30,8 @@ class AttentionContext:
         causal: bool,
         sharding: Sharding,
         observer: Observer,
+        attention_dropout: float = 0.0,
+        hidden_dropout: float = 0.0,
     ) -> None:
         """
         Args:
@@ -39,6 +41,7 @@ class AttentionContext:
             causal: without a mask, whether a query sees only keys up to its own place.
             sharding: how ranks share the pass.
             observer: is shown what is computed.
+            attention_dropout, hidden_dropout: shares that are dropped in this pass.
         """
         self.length = length
         self.cos = cos
@@ -47,6 +50,12 @@ class AttentionContext:
         self.causal = causal
         self.sharding = sharding
         self.observer = observer
+        self.attention_dropout = attention_dropout
+        self.hidden_dropout = hidden_dropout
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout of hidden states."""
+        return functional.dropout(x, self.hidden_dropout) if self.hidden_dropout else x
 
 
 def document_mask(document_ids: Tensor | None, causal: bool) -> Tensor | None:
@@ -57,7 +66,15 @@ def document_mask(document_ids: Tensor | None, causal: bool) -> Tensor | None:
     return same.tril() if causal else same
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float = 0.0,
+) -> Tensor:
     """softmax(scale * query key^T) value, softmax in float32 or wider.
 
     Args:
@@ -66,6 +83,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
         scale: multiplier of the scores.
         mask: (batch, 1, seq, seq) bool, True where a query (third axis) may see a key; None: no mask.
         causal: without a mask, whether a query sees only keys up to its own place.
+        dropout: share of the softmax that is dropped.
 
     Returns:
         (batch, seq, heads, head_dim).
@@ -78,6 +96,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         grouped = False
     attended = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=grouped,
     )
     return attended.transpose(1, 2)

@@ -74,7 +74,9 @@ class Attention(nn.Module):
             key = self.k_layernorm(key, sharding.tensor_rank)
         query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
         context.observer.see_attention(query, key, self.softmax_scale, context)
-        attended = sharding.attend(query, key, value, self.softmax_scale, context.mask, context.causal)
+        attended = sharding.attend(
+            query, key, value, self.softmax_scale, context.mask, context.causal, context.attention_dropout
+        )
         output = project(
             attended.flatten(2),
             (self.o_proj,),

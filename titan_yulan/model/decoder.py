@@ -70,6 +70,7 @@ class DecoderLayer(nn.Module):
         self.output_factor = config.residual_factor if config.wesar else 1.0
         self.residual_factor = 1.0 if config.wesar else config.residual_factor
         self.hands_on = True
+        self.draws_random_numbers = config.attention_dropout > 0 or config.hidden_dropout > 0
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, self.output_factor)
         self.post_attention_layernorm = RMSNorm(config)
@@ -95,13 +96,13 @@ class DecoderLayer(nn.Module):
         normed, x = self.input_layernorm.add(x, output, self.residual_factor, *factors)
         see("stream", x)
         see("input_norm", normed)
-        attended = self.self_attn(normed, context)
+        attended = context.drop(self.self_attn(normed, context))
         see("attention_output", attended, self.output_factor)
         factors = (self.norm_scale, self.post_attention_layernorm_alpha, self.gate_up_proj_alpha)
         normed, x = self.post_attention_layernorm.add(x, attended, self.residual_factor, *factors)
         see("attention_residual", x)
         see("post_norm", normed, self.gate_up_proj_alpha)
-        transformed = self.mlp(normed, (self.output_factor, self.down_proj_alpha), context)
+        transformed = context.drop(self.mlp(normed, (self.output_factor, self.down_proj_alpha), context))
         see("mlp_output", transformed, self.output_factor)
         return (x, transformed) if self.hands_on else (torch.add(x, transformed, alpha=self.residual_factor), None)
 
@@ -133,15 +134,32 @@ class Transformer(nn.Module):
         position_ids: Tensor | None,
         document_ids: Tensor | None,
         causal: bool,
+        visible: Tensor | None,
         output_factors: tuple[Alpha, ...],
     ) -> Tensor:
-        """(batch, seq) ids -> (batch, this rank's part of seq, hidden) final states, times the output factors."""
-        x = self._embed(input_ids)
+        """(batch, seq) ids -> (batch, this rank's part of seq, hidden) final states, times the output factors.
+
+        Dropout acts where a gradient is wanted, and nowhere else.
+        """
+        drops = torch.is_grad_enabled()
+        embedded = self._embed(input_ids)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
-        table_type = x.dtype if self.rounded else torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(embedded.dtype, torch.float32)
+        table_type = embedded.dtype if self.rounded else wide
         cos, sin = rotary_tables(positions, self.config.attention_head_dim, self.rope_theta, table_type)
-        mask = self.sharding.document_mask(document_ids, causal)
-        context = AttentionContext(input_ids.shape[1], cos, sin, mask, causal, self.sharding, self.observer)
+        mask = self.sharding.document_mask(document_ids, causal) if visible is None else visible
+        context = AttentionContext(
+            input_ids.shape[1],
+            cos,
+            sin,
+            mask,
+            causal,
+            self.sharding,
+            self.observer,
+            self.config.attention_dropout if drops else 0.0,
+            self.config.hidden_dropout if drops else 0.0,
+        )
+        x = context.drop(embedded)
         output = None
         for index, layer in enumerate(self.layers):
             self.observer.enter(index)
@@ -198,6 +216,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         causal: bool = True,
+        visible: Tensor | None = None,
         head: None = None,
     ) -> Tensor: ...
 
@@ -208,6 +227,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         causal: bool = True,
+        visible: Tensor | None = None,
         *,
         head: Callable[[Tensor, Tensor], T],
     ) -> T: ...
@@ -218,6 +238,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         causal: bool = True,
+        visible: Tensor | None = None,
         head: Callable[[Tensor, Tensor], T] | None = None,
     ) -> Tensor | T:
         """Run the decoder.
@@ -228,6 +249,8 @@ class Decoder(nn.Module):
             document_ids: (batch, seq) integers, of the whole sequence; a token sees only tokens with its own id. None:
                 no such limit.
             causal: a token sees only itself and tokens before it.
+            visible: (batch, 1, seq, seq) bool, True where a query (third axis; under context parallelism this rank's
+                part) sees a key; instead of `document_ids` and `causal`. None: as those say.
             head: called with the scaled final hidden states (batch, seq, hidden) and the head's weight (vocab, hidden)
                 inside this forward pass, where FSDP2 has the weight gathered; under tensor parallelism that is this
                 rank's part of the weight. None gives the logits.
@@ -237,7 +260,7 @@ class Decoder(nn.Module):
         """
         # The head's factors join the final norm's, so that they are rounded together.
         factors = (1.0 / self.config.logits_divisor, self.lm_head_alpha)
-        hidden = self.model(input_ids, position_ids, document_ids, causal, factors)
+        hidden = self.model(input_ids, position_ids, document_ids, causal, visible, factors)
         hidden = self.model.sharding.gather_sequence(hidden, input_ids.shape[1])
         weight = local(self.head_weight())
         if head is not None:

@@ -57,10 +57,17 @@ class Sharding:
         return document_mask(document_ids, causal)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        causal: bool,
+        dropout: float = 0.0,
     ) -> Tensor:
         """`model.attend.attend`, of this rank's queries to the keys of the whole sequence."""
-        return attend(query, key, value, scale, mask, causal)
+        return attend(query, key, value, scale, mask, causal, dropout)
 
 
 def local(weight: Tensor) -> Tensor:

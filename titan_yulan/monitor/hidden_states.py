@@ -23,7 +23,7 @@ from titan_yulan.model.attend import AttentionContext
 from titan_yulan.model.observer import Observer
 from titan_yulan.model.scale import Alpha, combine
 from titan_yulan.monitor.statistics import STATISTICS, Summands, layer_tag
-from titan_yulan.objective.next_token import Inputs
+from titan_yulan.objective.objective import Inputs
 
 # Attention scores that exist at once; they and two temporaries of their size take 192 MiB in float32.
 _SCORES = 2**24
@@ -187,6 +187,7 @@ def observe(decoder: Decoder, inputs: Inputs, real: Tensor, layers: Sequence[int
                 sharding.slice_context(ids),
                 position_ids=sharding.slice_context(positions, dim=positions.ndim - 1),
                 document_ids=inputs.document_ids,
+                visible=None if inputs.visible is None else sharding.slice_context(inputs.visible, dim=2),
                 causal=causal,
                 head=_no_head,
             )

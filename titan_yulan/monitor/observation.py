@@ -13,7 +13,7 @@ from titan_yulan.data.loader import Batch
 from titan_yulan.monitor.hidden_states import observe
 from titan_yulan.monitor.magnitudes import Magnitudes
 from titan_yulan.monitor.statistics import Statistics, Summands, add_up, sampled_layers
-from titan_yulan.objective.next_token import NextToken
+from titan_yulan.objective.objective import Objective
 from titan_yulan.optimizer.groups import assign, group_table
 from titan_yulan.parallel.fsdp import ShardedDecoder, reshard
 
@@ -28,7 +28,7 @@ class Observation:
         self,
         config: RunConfig,
         decoder: ShardedDecoder,
-        objective: NextToken,
+        objective: Objective,
         optimizer: torch.optim.AdamW,
         device: torch.device,
     ) -> None:

@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from titan_yulan.model import Decoder
-from titan_yulan.objective.next_token import Inputs, LossSums, NextToken
+from titan_yulan.objective.objective import Inputs, LossSums, Objective
 
 
-def forward(decoder: Decoder, objective: NextToken, inputs: Inputs, denominator: Tensor | None = None) -> LossSums:
+def forward(decoder: Decoder, objective: Objective, inputs: Inputs, denominator: Tensor | None = None) -> LossSums:
     """The sums of this rank's part of a micro-batch; the loss runs inside the decoder's forward pass.
 
     Args:
         inputs: whole rows, on every rank that shares them.
-        denominator: see `NextToken.loss`.
+        denominator: see `Objective.loss`.
     """
     part = _slice(decoder, inputs)
     return decoder(
         part.input_ids,
         position_ids=part.position_ids,
         document_ids=inputs.document_ids,
+        visible=part.visible,
         causal=objective.causal,
         head=partial(objective.loss, inputs=part, denominator=denominator),
     )
@@ -40,5 +41,7 @@ def _slice(decoder: Decoder, inputs: Inputs) -> Inputs:
         input_ids=sharding.slice_context(inputs.input_ids),
         targets=sharding.slice_context(inputs.targets),
         weights=sharding.slice_context(inputs.weights),
+        counts=sharding.slice_context(inputs.counts),
+        visible=None if inputs.visible is None else sharding.slice_context(inputs.visible, dim=2),
         position_ids=sharding.slice_context(positions, dim=positions.ndim - 1),
     )

@@ -1,123 +1,102 @@
-"""Next-token prediction with z-loss (PaLM, arXiv 2204.02311 section 5; YuLan-Mini uses weight 1e-4)."""
+"""Next-token prediction, also in other orders than from left to right and with hidden tokens.
+
+The two perturbations are those of the data-constrained study (arXiv 2507.15857), which asks what makes masked diffusion
+learn from repeated data: is it the hidden context (`token_mask_share`), or predicting in many orders (`orders`)? Both
+act in training alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from titan_yulan.config.sections import ObjectiveSection
+from titan_yulan.data import hashing
 from titan_yulan.data.loader import Batch
-from titan_yulan.kernels.linear_cross_entropy import linear_cross_entropy
-from titan_yulan.kernels.runtime import Kernels
+from titan_yulan.data.tensor_hashing import bits, uniform
+from titan_yulan.objective.objective import Inputs, Objective, restarted_positions
+
+_LEAST_MASK_RATIO = 1e-3  # of the keys that a chosen query does not see
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What the decoder and the loss need of one micro-batch; S is the sequence length.
-
-    input_ids     (rows, S) int64
-    targets       (rows, S) int64
-    weights       (rows, S) float32; 0 = not a target
-    position_ids  (rows, S) int64, or None: 0..S-1
-    document_ids  (rows, S) int64, or None: attention crosses documents
-    source        (rows,) int64
-    denominator   () float32, this micro-batch's part of the global denominator
-    """
-
-    input_ids: Tensor
-    targets: Tensor
-    weights: Tensor
-    position_ids: Tensor | None
-    document_ids: Tensor | None
-    source: Tensor
-    denominator: Tensor
-
-
-class LossSums(NamedTuple):
-    """Sums of one micro-batch, to be added up over micro-batches and ranks.
-
-    objective      () float32 with gradient: sum of weight * (cross-entropy + z_loss * logsumexp^2) / denominator
-    cross_entropy  (sources,) float32: sum of weight * cross-entropy for each source
-    tokens         (sources,) float32: sum of weights for each source
-    """
-
-    objective: Tensor
-    cross_entropy: Tensor
-    tokens: Tensor
-
-
-class NextToken:
+class NextToken(Objective):
     """Predict token i + 1 from tokens 0..i."""
 
     causal = True
 
-    def __init__(
-        self,
-        section: ObjectiveSection,
-        sources: int,
-        kernels: Kernels = "auto",
-        *,
-        group: ProcessGroup | None = None,
-        vocabulary_size: int | None = None,
-    ) -> None:
-        """
-        Args:
-            sources: number of sources, for the sums by source.
-            kernels: who computes the loss, see `kernels.runtime.choose`.
-            group, vocabulary_size: the ranks over which the head's rows are spread, and how many rows there are;
-                neither where a rank has all.
-        """
-        self._section, self._sources, self._kernels = section, sources, kernels
-        self._vocabulary = {"group": group, "vocabulary_size": None if group is None else vocabulary_size}
-
     def inputs(self, batch: Batch) -> Inputs:
         """Inputs and shifted targets of a micro-batch (the last token is only a target, the first only an input)."""
-        input_ids, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        weights = batch.loss_mask[:, 1:] * batch.weight[:, None]
+        inputs = self._ordered(batch) if self._section.orders > 1 else self.validation_inputs(batch)
+        return self._hidden(inputs, batch.position) if self._section.token_mask_share else inputs
+
+    def validation_inputs(self, batch: Batch, sample: int = 0) -> Inputs:
+        """The same, from left to right, nothing hidden."""
         documents = batch.document_ids[:, :-1]
+        weights = batch.loss_mask[:, 1:] * batch.weight[:, None]
         return Inputs(
-            input_ids=input_ids,
-            targets=targets,
+            input_ids=batch.tokens[:, :-1],
+            targets=batch.tokens[:, 1:],
             weights=weights,
-            position_ids=_restarted_positions(documents) if self._section.restart_positions else None,
+            counts=weights,
+            position_ids=restarted_positions(documents) if self._section.restart_positions else None,
             document_ids=documents if self._section.document_mask else None,
+            visible=None,
             source=batch.source,
             denominator=weights.sum(),
         )
 
-    def loss(self, hidden: Tensor, head_weight: Tensor, inputs: Inputs, denominator: Tensor | None = None) -> LossSums:
-        """Weighted sums over one micro-batch.
-
-        Args:
-            hidden: (rows, S, hidden) final hidden states, scaled for the head.
-            head_weight: (vocab, hidden), or this rank's rows of it.
-            denominator: () of the whole global batch, divides the objective; None for 1. Dividing here and not behind
-                spares 16-bit gradients a rounding.
-        """
-        objective, cross_entropy = linear_cross_entropy(
-            hidden.flatten(0, 1),
-            head_weight,
-            inputs.targets.flatten(),
-            inputs.weights.flatten(),
-            self._section.z_loss,
-            denominator=denominator,
-            kernels=self._kernels,
-            **self._vocabulary,
+    def _ordered(self, batch: Batch) -> Inputs:
+        """Every row in one of `orders` orders: token 0 stays, each token is predicted from those before it in the
+        order, and rotary positions are those of the input tokens in the text."""
+        length = batch.tokens.shape[1]
+        orders = self._orders(length).to(batch.tokens.device)
+        key = hashing.key(self._seed, "order of a row")
+        chosen = (uniform(key, batch.position) * len(orders)).long()
+        order = orders[chosen]  # (rows, S + 1)
+        documents = batch.document_ids
+        places = restarted_positions(documents) if self._section.restart_positions else torch.arange(length)
+        places = places.to(order.device).expand_as(order)
+        permuted = replace(
+            batch,
+            tokens=batch.tokens.gather(1, order),
+            document_ids=documents.gather(1, order),
+            loss_mask=batch.loss_mask.gather(1, order),
         )
-        rows = cross_entropy.view_as(inputs.weights).sum(1)
-        by_source = rows.new_zeros(2, self._sources).index_add_(
-            1, inputs.source, torch.stack([rows, inputs.weights.sum(1).to(rows.dtype)])
-        )
-        return LossSums(objective, by_source[0], by_source[1])
+        plain = self.validation_inputs(permuted)
+        return replace(plain, position_ids=places.gather(1, order)[:, :-1])
 
+    def _orders(self, length: int) -> Tensor:
+        """(orders, length) int64, a pure function of the seed: order 0 is the text's, token 0 is always first. The
+        others are random, or `predefined`: places sorted by place + i * normal noise for i = 1, 2, ..."""
+        places = torch.arange(1, length)
+        rows = [torch.arange(length)]
+        for i in range(1, self._section.orders):
+            key = hashing.key(self._seed, "order", i)
+            if self._section.order_kind == "predefined":
+                draws = uniform(key, torch.stack([2 * places, 2 * places + 1]))
+                # Box and Muller's normal numbers; 1 - u is never 0
+                normal = torch.sqrt(-2 * torch.log(1 - draws[0])) * torch.cos(2 * torch.pi * draws[1])
+                sort_by = places + i * normal
+            else:
+                sort_by = bits(key, places)
+            rows.append(torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.argsort(sort_by, stable=True)]))
+        return torch.stack(rows)
 
-def _restarted_positions(document_ids: Tensor) -> Tensor:
-    """(rows, S) positions that count from 0 in every document (a row's first document counts from the row's start)."""
-    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return places - torch.where(begins, places, 0).cummax(dim=1).values
+    def _hidden(self, inputs: Inputs, position: Tensor) -> Inputs:
+        """Each query is chosen with probability `token_mask_share`; one that is chosen draws a ratio p and does not see
+        each earlier key with probability p. It always sees itself."""
+        rows, length = inputs.input_ids.shape
+        places = torch.arange(length, device=position.device)
+        key = [
+            bits(hashing.key(self._seed, f"hidden keys: {what}"), position)[:, None] for what in ("query", "p", "key")
+        ]
+        chosen = uniform(key[0], places) < self._section.token_mask_share  # (rows, S)
+        ratio = _LEAST_MASK_RATIO + (1 - _LEAST_MASK_RATIO) * uniform(key[1], places)
+        pairs = (places[:, None] * length + places).flatten()
+        hidden = (uniform(key[2], pairs).view(rows, length, length) < ratio[..., None]) & chosen[..., None]
+        visible = places[:, None] >= places
+        if inputs.document_ids is not None:
+            visible = visible & (inputs.document_ids[:, :, None] == inputs.document_ids[:, None, :])
+        visible = visible & ~hidden | (places[:, None] == places)
+        return replace(inputs, visible=visible[:, None], document_ids=None)

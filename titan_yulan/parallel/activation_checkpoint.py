@@ -50,8 +50,7 @@ def apply_activation_checkpoint(layers: nn.ModuleList, section: ActivationCheckp
     """Make the blocks recompute their activations in backward, in place; gradients do not change.
 
     Args:
-        layers: the decoder's `DecoderLayer`s, not yet compiled or sharded. Their forward must draw no random numbers:
-            the generator's state is not restored for the second computation.
+        layers: the decoder's `DecoderLayer`s, not yet compiled or sharded.
         section: which blocks, and which operators of them. With mode "every", block i is recomputed unless `every`
             divides i, the meaning of `gradient_checkpointing_step` in YuLan-Mini (arXiv 2412.17743): 1 recomputes
             nothing.
@@ -79,7 +78,9 @@ def is_recomputed(index: int, section: ActivationCheckpointSection) -> bool:
 
 
 def _full_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(
+        type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=_draws(block), **kwargs
+    )
 
 
 def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -88,10 +89,15 @@ def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         block,
         *args,
         use_reentrant=False,
-        preserve_rng_state=False,
+        preserve_rng_state=_draws(block),
         context_fn=_selective_contexts,
         **kwargs,
     )
+
+
+def _draws(block: nn.Module) -> bool:
+    """Whether dropout must come out the same the second time; restoring the generator costs a little."""
+    return cast(DecoderLayer, block).draws_random_numbers
 
 
 def _selective_contexts() -> tuple[Any, Any]:

@@ -74,6 +74,7 @@ def attend_context(
     *,
     causal: bool,
     mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale * query key^T) value over the whole row, for this rank's queries.
 
@@ -88,6 +89,7 @@ def attend_context(
         group: the context group, of two or more ranks, in the order of their slices.
         causal: without a mask, whether a query sees only keys up to its own place.
         mask: (batch or 1, 1, local_seq, seq) bool, True where a query may see a key in natural order.
+        dropout: share of the softmax that is dropped.
 
     Returns:
         (batch, local_seq, heads, head_dim).
@@ -98,16 +100,16 @@ def attend_context(
     key, value = join_sequence(gathered.unbind(0), dim=2).unbind(0)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (batch, heads, seq, head_dim)
     if mask is not None or not causal:
-        return _attend(query, key, value, mask, scale).transpose(1, 2)
+        return _attend(query, key, value, mask, scale, dropout).transpose(1, 2)
     length = query.shape[2] // 2
     attended = []
     for part, chunk in zip(query.split(length, dim=2), (rank, 2 * size - 1 - rank), strict=True):
         end = (chunk + 1) * length
-        attended.append(_attend_prefix(part, key[:, :, :end], value[:, :, :end], scale))
+        attended.append(_attend_prefix(part, key[:, :, :end], value[:, :, :end], scale, dropout))
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
-def _attend_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _attend_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     """Causal attention of the queries at the end of a prefix: the last query sees the last key.
 
     `is_causal` of PyTorch's public function lets the first query see the first key instead, and `causal_lower_right`
@@ -116,18 +118,18 @@ def _attend_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> T
     diagonal is a mask.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
-        return _flash_prefix(query, key, value, scale)
+        return _flash_prefix(query, key, value, scale, dropout)
     shape = query.shape[2], key.shape[2]
     mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(shape[1] - shape[0])
-    return _attend(query, key, value, mask, scale)
+    return _attend(query, key, value, mask, scale, dropout)
 
 
-def _flash_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _flash_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
     flash = torch.ops.aten._scaled_dot_product_flash_attention
-    return flash(query, key, value, is_causal=True, scale=scale)[0]
+    return flash(query, key, value, dropout, is_causal=True, scale=scale)[0]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """All of them (batch, heads or key-value heads, their own length, head_dim)."""
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
@@ -135,4 +137,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         grouped = False
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )

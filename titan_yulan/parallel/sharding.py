@@ -69,8 +69,15 @@ class RankSharding(Sharding):
         return slice_document_mask(document_ids, causal, self.context_rank, self.context_size)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        mask: Tensor | None,
+        causal: bool,
+        dropout: float = 0.0,
     ) -> Tensor:
         if self.context_group is None:
-            return super().attend(query, key, value, scale, mask, causal)
-        return attend_context(query, key, value, scale, self.context_group, causal=causal, mask=mask)
+            return super().attend(query, key, value, scale, mask, causal, dropout)
+        return attend_context(query, key, value, scale, self.context_group, causal=causal, mask=mask, dropout=dropout)

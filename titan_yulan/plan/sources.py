@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.config.subset import source_limit
 from titan_yulan.data.ensure import prepare_command
 from titan_yulan.data.source import DESCRIPTION, Source
 from titan_yulan.errors import UserError
@@ -15,13 +16,15 @@ def is_prepared(path: str) -> bool:
 
 
 def prepared_tokens(config: RunConfig) -> dict[str, int]:
-    """Tokens of every source of the configuration that is prepared.
+    """Tokens that a run can read of every source of the configuration that is prepared.
 
     Raises:
         RunError: a prepared source is damaged.
     """
-    sections = config.data.sources.items()
-    return {name: Source.open(section.path).tokens for name, section in sections if is_prepared(section.path)}
+    prepared = {name: section.path for name, section in config.data.sources.items() if is_prepared(section.path)}
+    limits = {name: source_limit(config, name) for name in prepared}
+    sizes = {name: Source.open(Path(path)).tokens for name, path in prepared.items()}
+    return {name: min(size, limits[name] or size) for name, size in sizes.items()}
 
 
 def check_sources_there(config: RunConfig) -> None:

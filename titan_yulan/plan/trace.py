@@ -30,7 +30,8 @@ from titan_yulan.config.sections import PhaseSection, RunConfig
 from titan_yulan.model import Decoder
 from titan_yulan.model.sharding import local
 from titan_yulan.objective.forward import forward
-from titan_yulan.objective.next_token import Inputs, NextToken
+from titan_yulan.objective.next_token import NextToken
+from titan_yulan.objective.objective import Inputs
 from titan_yulan.optimizer.adamw import build_adamw
 from titan_yulan.parallel import context
 from titan_yulan.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -239,8 +240,10 @@ def _inputs(config: RunConfig, phase: PhaseSection) -> Inputs:
         input_ids=ids,
         targets=ids.clone(),
         weights=torch.ones(rows, length),
+        counts=torch.ones(rows, length),
         position_ids=torch.zeros_like(ids) if config.objective.restart_positions else None,
         document_ids=torch.zeros_like(ids) if config.objective.document_mask else None,
+        visible=None,
         source=torch.zeros(rows, dtype=torch.int64),
         denominator=torch.ones(()),
     )

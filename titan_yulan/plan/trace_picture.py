@@ -47,12 +47,12 @@ def expected_traffic(
 
 def expected_kept(config: RunConfig, phase: PhaseSection, gpus: int) -> int:
     """Bytes that live between forward and backward beyond the state: activations, what stays gathered, and the head's
-    gradient, which waits for the embedding's."""
+    gradient, which the loss has made in float32."""
     degrees = resolve_degrees(phase.parallel, gpus, config.model, phase.sequence_length)
     weights, size = count_weights(config.model, degrees), NUMBER_BYTES[phase.parallel.compute_dtype]
     blocks = 0 if phase.parallel.reshard_after_forward else config.model.num_hidden_layers * weights.block
     kept = phase_memory(config, phase, gpus).activations
-    return kept + size * (weights.root + weights.head + blocks)
+    return kept + size * (weights.root + blocks) + 4 * weights.head
 
 
 def _traffic(
