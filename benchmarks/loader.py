@@ -233,7 +233,7 @@ def ids(batch: Any, name: str = "input_ids") -> Tensor:
 
 
 def open_loader(order: RowOrder, tapes: list[Tape]) -> Loader:
-    return Loader(order, tapes, first_step=0, rank=0, world=1, micro_batch_size=order.batch_rows, prefetch=4)
+    return Loader(order, tapes, first_step=0, rank=0, world=1, micro_batch_size=order.batch_rows, prefetch=2)
 
 
 def check_same_tokens(sides: Sides) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,7 +256,7 @@ def test_nothing_fits_a_device_that_is_too_small() -> None:
     assert suggest(yulan_mini(), yulan_mini().phases[0], 8, replace(H100, memory=0.1), Assumptions()) is None
 
 
-def test_the_command_warns_and_its_suggestion_passes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_warns_and_its_suggestion_passes(capsys: pytest.CaptureFixture[str]) -> None:
     """As given on the command line, of a file whose phases differ in length."""
     arguments = ["plan", "debug.toml", "--device=rtx4090", "--model.preset=yulan_mini_2b"]
     assert cli.main([*arguments, "--gpus=2", "--phase=anneal", "--phase.sequence_length=4096"]) == 0
@@ -287,6 +289,16 @@ def test_stages_join_phases_that_lie_alike(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert "stable to mix: 160 steps of 16 x 128 tokens" in text and "anneal: 60 steps of 8 x 256 tokens" in text
     assert "together: 450.6K tokens" in text and "WARNING" not in text
+
+
+def test_no_torch_for_a_forecast() -> None:
+    code = (
+        "import sys; from titan_yulan import cli; "
+        "assert cli.main(['plan', 'debug.toml', '--gpus=8', '--device=h100']) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).resolve().parents[2]
+    )
 
 
 def test_staging_is_a_copy_of_weights_and_moments() -> None:

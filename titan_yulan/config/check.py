@@ -225,9 +225,7 @@ class _Check:
         if phase.epochs is not None and phase.unique_tokens is None:
             self.refuse((*path, "epochs"), f"{phase.epochs} of what? set unique_tokens, or write a length")
         elif phase.epochs is not None and phase.length is not None:
-            self.refuse(
-                (*path, "epochs"), f"{phase.epochs} and length = '{phase.length}' both say how long; remove one"
-            )
+            self.refuse((*path, "epochs"), f"{phase.epochs} and length = '{phase.length}': remove one of them")
         elif phase.epochs is not None:
             length = Duration(phase.epochs * (unique_amount(phase) or 0), "tokens")
             self.length(phase, length, (*path, "epochs"))

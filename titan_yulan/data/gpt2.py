@@ -66,7 +66,7 @@ def _compare(folder: Path, ids: object, ranks: dict[bytes, int], letters: dict[s
     wanted[END_OF_TEXT] = len(ranks)
     if ids != wanted:
         found = ids if isinstance(ids, dict) else {}
-        wrong = next((token for token in (*wanted, *found) if found.get(token) != wanted.get(token)), None)
+        wrong = next((token for token in (*wanted, *found) if found.get(token) != wanted.get(token)), "")
         raise UserError(
             f"{folder / VOCABULARY} is not that of {MERGES}: {wrong!r} is {found.get(wrong)}, by the merges it would "
             f"be {wanted.get(wrong)}; use the two files of one tokenizer, or its tokenizer.json"

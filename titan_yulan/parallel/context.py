@@ -109,7 +109,7 @@ def attend_context(
     return torch.cat(attended, dim=2).transpose(1, 2)
 
 
-def _attend_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+def _attend_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """Causal attention of the queries at the end of a prefix: the last query sees the last key.
 
     `is_causal` of PyTorch's public function lets the first query see the first key instead, and `causal_lower_right`
@@ -124,12 +124,14 @@ def _attend_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, drop
     return _attend(query, key, value, mask, scale, dropout)
 
 
-def _flash_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+def _flash_prefix(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, dropout, is_causal=True, scale=scale)[0]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
     """All of them (batch, heads or key-value heads, their own length, head_dim)."""
     grouped = query.shape[1] != key.shape[1]
     if grouped and mask is not None:
