@@ -125,7 +125,7 @@ def share_out(found: Iterable[Interval], window: tuple[float, float], unit: floa
     changes.sort(key=lambda change: change[0])
     seconds, running = dict.fromkeys(CATEGORIES, 0.0), dict.fromkeys(CATEGORIES, 0)
     communication, now = 0.0, first
-    for time, change, category in [*changes, (last, 0, IDLE)]:
+    for time, change, changed in [*changes, (last, 0, IDLE)]:
         length, communicating = (time - now) * unit, running[COMMUNICATION] > 0
         computing = sum(running.values()) - running[COMMUNICATION]
         communication += length * communicating
@@ -135,7 +135,7 @@ def share_out(found: Iterable[Interval], window: tuple[float, float], unit: floa
                     seconds[name] += length * count / computing
         else:
             seconds[COMMUNICATION if communicating else IDLE] += length
-        running[category] += change
+        running[changed] += change
         now = time
     return Breakdown((last - first) * unit, seconds, communication)
 
