@@ -21,10 +21,10 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from titan_yulan.errors import RunError, UserError
-from titan_yulan.model.sharding import local
+from titan_yulan.model.sharding import copies, local
 
 # The scalar's name -> its matrices', both below the module that has the scalar.
 _MATRICES = {
@@ -88,20 +88,12 @@ def _root_mean_squares(parameters: Mapping[str, Tensor], groups: Mapping[str, li
     for group in weights:
         # in double: a float32 sum of millions of squares is off by 1e-5, and differently for every way to shard
         norms = torch._foreach_norm([local(weight) for weight in group], 2, dtype=torch.float64)
-        squares.append(torch.stack(norms).square().sum() / _copies(group[0]))
+        squares.append(torch.stack(norms).square().sum() / copies(group[0]))
         counts.append(sum(weight.numel() for weight in group))
     total = torch.stack(squares)
     if isinstance(weights[0][0], DTensor):
         dist.all_reduce(total)
     return (total.cpu() / torch.tensor(counts, dtype=torch.float64)).sqrt().tolist()
-
-
-def _copies(weight: Tensor) -> int:
-    """How many ranks hold the same part of a weight; its mesh is of all ranks."""
-    if not isinstance(weight, DTensor):
-        return 1
-    mesh = weight.device_mesh
-    return math.prod(mesh.size(dim) for dim, place in enumerate(weight.placements) if isinstance(place, Replicate))
 
 
 def _multiply(parameter: Tensor, optimizer: torch.optim.Optimizer, factor: float) -> None:
