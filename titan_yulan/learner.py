@@ -4,6 +4,7 @@ and nothing of the run around it: `trainer.Trainer` decides which rows come, whe
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class Learner:
         config, section = self.config, phase.section
         for name in ("decoder", "optimizer", "observation"):
             vars(self).pop(name, None)  # the old ones go first, so that there is never room needed for both
+        gc.collect()  # FSDP2's modules refer to one another in circles
         self.layout = (section.parallel, section.activation_checkpoint)
         degrees = resolve_degrees(section.parallel, self.world.size, config.model, section.sequence_length)
         self.mesh = build_mesh(degrees, self.world.device.type)
