@@ -68,6 +68,12 @@ def test_a_table_of_two_columns(tmp_path: Path, header: str) -> None:
     }
 
 
+@pytest.mark.parametrize("between", [" ", "\n", " \n\n"])
+def test_quoted_pairs_of_weight_and_path(tmp_path: Path, between: str) -> None:
+    write(tmp_path, "paths.txt", between.join(['"0.3  /web/part 1"', "'2 code'", '"1e-1 math"']) + "\n")
+    assert mix_of(phase_file(tmp_path, "'paths.txt'")) == {"web-part_1": 0.3, "code": 2.0, "math": 0.1}
+
+
 @given(st.lists(st.decimals(0, 100, places=6), min_size=2, max_size=2).filter(any))
 def test_amounts_are_those_of_the_file_to_the_last_digit(amounts: list[Decimal]) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -153,7 +159,13 @@ def test_the_resolved_configuration_does_not_need_the_file(tmp_path: Path) -> No
             r"^mix\.json:3: 'math' has the amount \[2\]",
         ),
         ("mix.json", '{"Number of Selected Tokens(B)": {"code": 1, "code": 2}}', "'code' stands twice"),
-        ("mix.txt", "code,1", r"^phase\.toml:\d+: phase\.mix: mix\.txt is no mix"),
+        ("mix.txt", "code,1", r"^mix\.txt:1: 'code,1' is no weight and path"),
+        ("mix.txt", '"0.5 code"\n0.5 math', r"^mix\.txt:2: '0\.5' is no weight and path"),
+        ("mix.txt", '"code 0.5"', r"^mix\.txt:1: 'code 0\.5' is no weight and path"),
+        ("mix.txt", '"0.5 code', r"^mix\.txt:1: No closing quotation"),
+        ("mix.txt", '"1 code" "1 mat"', r"^mix\.txt:1: phase\.mix\.mat: .*'math'"),
+        ("mix.txt", '"1 code"\n"2 /code"', r"^mix\.txt:2: 'code' is the source 'code', as in mix\.txt:1"),
+        ("mix.yaml", "code,1", r"^phase\.toml:\d+: phase\.mix: mix\.yaml is no mix"),
         ("other.csv", "code,1", r"^phase\.toml:\d+: phase\.mix: mix\.csv cannot be read: No such file"),
     ],
 )

@@ -6,6 +6,7 @@
         state.json          position, tapes, fingerprints (`TrainerState`)
         config.toml         the resolved configuration
         manifest.json       size and SHA-256 of every other file, and a SHA-256 of that table; renamed into place last
+    checkpoints/best        a symbolic link to the one with the lowest validation loss, with [checkpoint] keep_best
 
 A folder without a manifest is not a checkpoint: it is a save that did not finish.
 """
@@ -18,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ MANIFEST = "manifest.json"
 INDEX = ".metadata"
 STATE = "state.json"
 CONFIG = "config.toml"
+BEST = "best"
 
 # Of so many files of tensors, verify = "sample" reads one.
 _SAMPLED = 8
@@ -134,7 +136,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in `path`: a step folder, or a run folder (then its newest).
+    """The checkpoint in `path`: a step folder, the link `best`, or a run folder (then its newest).
 
     Raises:
         UserError: `path` is an address of an object store.
@@ -142,6 +144,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if refusal := refuse_address(path):
         raise UserError(f"{path}: {refusal}")
+    path = path.parent / path.readlink() if path.name == BEST and path.is_symlink() else path
     if (path / MANIFEST).is_file() and path.name.startswith("step-"):
         return Checkpoint(path, int(path.name.removeprefix("step-")))
     for folder in (path, path / "checkpoints"):
@@ -278,12 +281,46 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return leftovers
 
 
-def prune(folder: Path, keep: int, step: int) -> list[Path]:
-    """Delete all but the newest `keep` checkpoints and every end of a phase; returns what was deleted.
+def best_checkpoint(folder: Path, losses: Mapping[int, float], step: int) -> Checkpoint | None:
+    """The complete checkpoint up to `step` with the lowest loss, the first of equals; None if none has one.
+
+    Args:
+        losses: step -> validation loss.
+    """
+    measured = [
+        checkpoint
+        for checkpoint in find_checkpoints(folder)
+        if checkpoint.step <= step and checkpoint.step in losses and not find_damage(checkpoint, [STATE])
+    ]
+    return min(measured, key=lambda checkpoint: losses[checkpoint.step], default=None)
+
+
+def point_at_best(folder: Path, best: Checkpoint | None) -> None:
+    """Let the link `best` lead to a checkpoint of the folder, without a moment in which it leads nowhere; None: there
+    is no such link."""
+    link = folder / BEST
+    if best is None:
+        link.unlink(missing_ok=True)
+    elif not link.is_symlink() or str(link.readlink()) != best.path.name:
+        temporary = folder / f"{BEST}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(best.path.name)
+        temporary.replace(link)
+        sync_folder(folder)
+
+
+def prune(folder: Path, keep: int, step: int, losses: Mapping[int, float] | None = None) -> list[Path]:
+    """Delete all but the newest `keep` checkpoints, every end of a phase and the best one, to which the link `best`
+    leads before anything is deleted; returns what was deleted.
 
     Checkpoints of later steps than `step`, the run's own, are damaged ones that were passed over: they are left alone
     and do not count, else they would take the places of the sound ones.
+
+    Args:
+        losses: see `best_checkpoint`; None: there is no best one.
     """
+    best = None if losses is None else best_checkpoint(folder, losses, step)
+    point_at_best(folder, best)
     checkpoints = [checkpoint for checkpoint in find_checkpoints(folder) if checkpoint.step <= step]
     deleted = []
     for checkpoint in checkpoints[:-keep]:
@@ -291,7 +328,7 @@ def prune(folder: Path, keep: int, step: int) -> list[Path]:
             finished = checkpoint.state().phase_finished
         except RunError:
             continue  # damaged: left for inspection
-        if not finished:
+        if not finished and checkpoint != best:
             remove(checkpoint.path)
             deleted.append(checkpoint.path)
     return deleted

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan_yulan.checkpoint.layout import (
+    BEST,
     MANIFEST,
     STATE,
     Checkpoint,

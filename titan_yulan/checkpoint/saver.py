@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,17 @@ class Saver:
         """Whether this rank is still writing; may differ between ranks, so no collective may depend on it."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, tensors: dict[str, dict[str, Tensor]], state: TrainerState, config_toml: str) -> None:
+    def save(
+        self,
+        tensors: dict[str, dict[str, Tensor]],
+        state: TrainerState,
+        config_toml: str,
+        losses: Mapping[int, float] | None = None,
+    ) -> None:
         """Save `tensors` (section, name) as they are now, after the save before is finished.
+
+        Args:
+            losses: see `layout.prune`.
 
         Raises:
             RunError: on every rank; the save before failed (or this one, if it is not asynchronous).
@@ -59,14 +68,14 @@ class Saver:
         begin = time.perf_counter()
         self.join()
         if not self._section.asynchronous:
-            self._write(tensors, state, config_toml, None, begin)
+            self._write(tensors, state, config_toml, losses, None, begin)
             return
         self._copies = _stage(tensors, self._copies)
         staged = None
         if self._world.device.type == "cuda":
             staged = torch.cuda.Event()
             staged.record()
-        arguments = (self._copies, state, config_toml, staged, begin)
+        arguments = (self._copies, state, config_toml, losses, staged, begin)
         # no daemon: an interpreter that ends waits for it
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint")
         self._thread.start()
@@ -98,13 +107,15 @@ class Saver:
         tensors: dict[str, dict[str, Tensor]],
         state: TrainerState,
         config_toml: str,
+        losses: Mapping[int, float] | None,
         staged: torch.cuda.Event | None,
         begin: float,
     ) -> None:
         blocked = time.perf_counter() - begin
         if staged is not None:
             staged.synchronize()
-        path = store.save(self._folder, tensors, state, config_toml, self._world, self._section.keep)
+        keep = self._section.keep
+        path = store.save(self._folder, tensors, state, config_toml, self._world, keep, losses)
         seconds = time.perf_counter() - begin
         blocked = blocked if self._section.asynchronous else seconds
         self._report(f"saved {path}: {seconds:.1f} s, of which training waited {blocked:.1f} s")

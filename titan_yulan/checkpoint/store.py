@@ -6,7 +6,7 @@ import errno
 import os
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,21 @@ from titan_yulan.parallel.process import World
 _PASSING = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
-def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml: str, world: World, keep: int) -> Path:
+def save(
+    folder: Path,
+    tensors: dict[str, Any],
+    state: TrainerState,
+    config_toml: str,
+    world: World,
+    keep: int,
+    losses: Mapping[int, float] | None = None,
+) -> Path:
     """Write a checkpoint of `state.step`; on return it is complete and durable on all ranks' view of the disk.
 
     Args:
         folder: the run's `checkpoints` folder, the same file system for all ranks.
         tensors: nested dictionary of this rank's tensors (DTensors, or plain tensors that all ranks share).
+        keep, losses: see `layout.prune`; the main rank's `losses` count.
 
     Raises:
         RunError: on every rank, if any rank could not write; the half-written folder is removed, nothing else is.
@@ -52,7 +61,7 @@ def save(folder: Path, tensors: dict[str, Any], state: TrainerState, config_toml
     if error is not None:
         _attempt(world, path, lambda: layout.remove(path) if world.is_main else None)
         raise RunError(f"the checkpoint of step {state.step} could not be written to {path}: {error}")
-    error = _attempt(world, folder, lambda: layout.prune(folder, keep, state.step) if world.is_main else None)
+    error = _attempt(world, folder, lambda: layout.prune(folder, keep, state.step, losses) if world.is_main else None)
     if error is not None:
         raise RunError(f"{path} was written, but the checkpoints before it could not be deleted: {error}")
     return path

@@ -1,10 +1,12 @@
-"""`mix = "FILE"`: the shares of a phase from a published recipe or from a table of two columns.
+"""`mix = "FILE"`: the shares of a phase from a published recipe, a table of two columns, or a list of weighted paths.
 
     *.json   a data_mix recipe as YuLan-Mini publishes them: {"Number of Selected Tokens(B)": {PATH: BILLIONS}, ...}
     *.csv    PATH,AMOUNT a line; a first line with a word for an amount is a header; empty lines do not count
+    *.txt    "WEIGHT PATH" "WEIGHT PATH" ... on one line or several, as Megatron's scripts read them
 
-A PATH becomes the name of a source by `source_name`; an AMOUNT is what a [phase.mix] table takes: a weight, such as the
-recipe's billions, or tokens as in "1.2B". Source of the first: github.com/RUC-GSAI/YuLan-Mini.
+A PATH becomes the name of a source by `source_name`, of a .txt without the slash that it may begin with; an AMOUNT is
+what a [phase.mix] table takes: a weight, such as the recipe's billions, or tokens as in "1.2B". Source of the first:
+github.com/RUC-GSAI/YuLan-Mini.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,11 @@ def read_mix(path: Path, label: str, asked_by: Origin) -> Node:
     """
     on_command_line = asked_by.where == f"--{asked_by.key}"
     where = asked_by.where if on_command_line else f"{asked_by.where}: {asked_by.key}"
-    if path.suffix not in (".json", ".csv"):
-        raise UserError(f"{where}: {label} is no mix; allowed: a data_mix .json, or a .csv of source and amount")
+    if path.suffix not in _READERS:
+        raise UserError(
+            f"{where}: {label} is no mix; allowed: a data_mix .json, a .csv of source and amount, or a .txt of quoted "
+            "'weight path' pairs"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -49,7 +55,7 @@ def read_mix(path: Path, label: str, asked_by: Origin) -> Node:
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: {label} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     table: dict[str, Node] = {}
-    for source, amount, line in (_read_recipe if path.suffix == ".json" else _read_columns)(text, label):
+    for source, amount, line in _READERS[path.suffix](text, label):
         name = source_name(source)
         if name in table:
             other = table[name].origin.where
@@ -103,8 +109,25 @@ def _read_columns(text: str, label: str) -> Iterator[tuple[str, Any, int]]:
         raise UserError(f"{label}:{rows.line_num}: not CSV: {error}") from None
 
 
+def _read_paths(text: str, label: str) -> Iterator[tuple[str, Any, int]]:
+    """(path, weight, line) of a list of quoted pairs."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            pairs = shlex.split(line)
+        except ValueError as error:
+            raise UserError(f'{label}:{number}: {error}; needed: "weight path" pairs in quotes') from None
+        for pair in pairs:
+            weight, _, path = pair.strip().partition(" ")
+            if not path.strip() or isinstance(_amount(weight), str):
+                raise UserError(f'{label}:{number}: {pair!r} is no weight and path; needed: "0.3 data/web" in quotes')
+            yield path.strip().lstrip("/"), _amount(weight), number
+
+
 def _amount(cell: str) -> float | str:
     try:
         return float(cell)
     except ValueError:
         return cell
+
+
+_READERS = {".json": _read_recipe, ".csv": _read_columns, ".txt": _read_paths}

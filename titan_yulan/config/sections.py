@@ -56,6 +56,12 @@ class SourceSection:
         20, "shorter documents are left out when preparing (end of text does not count); 0: none", ge=0
     )
     deduplicate: bool = setting(False, "keep only the first of documents with the same tokens when preparing")
+    max_documents: int | None = setting(
+        None, "only so many documents of the text, the first after all filters, when preparing; none: all", ge=1
+    )
+    max_tokens: int | Tokens | None = setting(
+        None, "only up to the document that reaches so many tokens when preparing; none: all", ge=1
+    )
     domain: str = setting("", "what kind of text it is; for tables, and for [miniature]")
 
 
@@ -174,7 +180,7 @@ class PhaseSection:
     sequence_length: int = setting(help="tokens of one row", ge=1)
     mix: dict[str, float | Tokens] = setting(
         help="source name -> weight (a number) or amount ('1.2B'); or a file of them, relative to this one: a data_mix "
-        "recipe (.json) or two columns (.csv)",
+        "recipe (.json), two columns (.csv) or quoted 'weight path' pairs (.txt)",
         ge=0,
     )
     length: Duration | None = setting(

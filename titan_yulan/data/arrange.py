@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from titan_yulan.data import hashing
+from titan_yulan.data.limit import documents_within
 from titan_yulan.data.request import Recipe
 from titan_yulan.data.unit import STRING, STRING_BYTES, UnitCounts, check_values, read_records, unit_folder
 from titan_yulan.errors import UserError
@@ -69,6 +70,7 @@ class Arrangement:
 
     destinations: tuple[Destination, ...]
     duplicates: int
+    units: int  # that documents come from, from the first on: all, or those before a limit
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class _Layout:
         self.units = units
         self.values = sorted({value for counts in units.counts for value in counts.values}) or [""]
         check_values(units.recipe, self.values)
-        self.kept = _first_copies(units) if units.recipe.deduplicate else None
+        self.kept, self.duplicates, self.units_read = _kept(units)
         self.totals = {name: np.zeros(len(self), np.int64) for name in ("documents", "tokens", "text_bytes")}
         for some in self.documents():
             np.add.at(self.totals["documents"], some.destinations, 1)
@@ -150,7 +152,7 @@ def arrange(units: Units, places: Path) -> Arrangement:
                 **{name: int(total[code]) for name, total in layout.totals.items()},
             )
         )
-    return Arrangement(tuple(destinations), units.documents - int(layout.totals["documents"].sum()))
+    return Arrangement(tuple(destinations), layout.duplicates, layout.units_read)
 
 
 def running_sums(groups: np.ndarray, amounts: np.ndarray, totals: np.ndarray) -> np.ndarray:
@@ -209,6 +211,17 @@ def _bucketed(layout: _Layout, buckets: np.ndarray, first_bucket: np.ndarray) ->
             order = hashing.bits(order_key, ordinals)
             bucket = (hashing.bits(bucket_key, ordinals) % buckets[to].astype(np.uint64)).astype(np.int64)
         yield some, first_bucket[to] + bucket, order
+
+
+def _kept(units: Units) -> tuple[np.ndarray | None, int, int]:
+    """What stays of the input: (documents,) bool, None for all; how many of the others are duplicates; units read."""
+    kept = _first_copies(units) if units.recipe.deduplicate else None
+    end, read = documents_within(units, kept) if units.recipe.limited else (units.documents, len(units.counts))
+    if kept is None and not units.recipe.limited:
+        return None, 0, read
+    kept = np.ones(units.documents, bool) if kept is None else kept
+    kept[end:] = False
+    return kept, int(end - kept[:end].sum()), read
 
 
 def _first_copies(units: Units) -> np.ndarray:

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from titan_yulan.config.sections import RunConfig, SourceSection
+from titan_yulan.config.values import amount
 from titan_yulan.data.prepare import prepare
 from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.source import DESCRIPTION, Source
@@ -75,6 +76,8 @@ def _other_wishes(name: str, section: SourceSection) -> list[str]:
         "order": ("order", section.order),
         "minimum_tokens": ("minimum_tokens", section.minimum_tokens),
         "deduplicate": ("deduplicate", section.deduplicate),
+        "max_documents": ("max_documents", section.max_documents),
+        "max_tokens": ("max_tokens", _max_tokens(section)),
     }
     if section.validation_path:
         wanted["validation_share"] = ("validation_share", section.validation_share)
@@ -84,6 +87,10 @@ def _other_wishes(name: str, section: SourceSection) -> list[str]:
         for key, (made, value) in wanted.items()
         if made in made_from and made_from[made] != value
     ]
+
+
+def _max_tokens(section: SourceSection) -> int | None:
+    return None if section.max_tokens is None else int(amount(section.max_tokens))
 
 
 def _check_can_be_there(name: str, section: SourceSection, tokenizer_path: str) -> None:
@@ -108,6 +115,10 @@ def prepare_command(name: str, section: SourceSection, tokenizer_path: str) -> s
         words += ["--minimum-tokens", str(section.minimum_tokens)]
     if section.deduplicate:
         words.append("--deduplicate")
+    if section.max_documents is not None:
+        words += ["--max-documents", str(section.max_documents)]
+    if (max_tokens := _max_tokens(section)) is not None:
+        words += ["--max-tokens", str(max_tokens)]
     return f"{shlex.join(words)} INPUT..."
 
 
@@ -153,6 +164,8 @@ def _prepare_source(name: str, section: SourceSection, tokenizer: Tokenizer, say
         order=section.order,
         minimum_tokens=section.minimum_tokens,
         deduplicate=section.deduplicate,
+        max_documents=section.max_documents,
+        max_tokens=_max_tokens(section),
         say=say,
     )
     return report.lines()

@@ -15,12 +15,13 @@ import contextlib
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from titan_yulan.data.arrange import Units
 from titan_yulan.data.documents import find_inputs
+from titan_yulan.data.limit import reached
 from titan_yulan.data.parts import begin_part, open_parts, own_units, parts_folder
 from titan_yulan.data.report import LeftOut, Progress, Report, Say, report_part, report_sources, say_now
 from titan_yulan.data.request import SHUFFLE, make_recipe
@@ -46,6 +47,8 @@ def prepare(
     split_by: str = "",
     minimum_tokens: int = 20,
     deduplicate: bool = False,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
     part: tuple[int, int] | None = None,
     workers: int | None = None,
     on_bad_row: Literal["skip", "fail"] = "skip",
@@ -67,6 +70,9 @@ def prepare(
         split_by: column of the input; empty: one source.
         minimum_tokens: shorter documents are left out; end of text does not count.
         deduplicate: keep only the first of documents with the same tokens.
+        max_documents: of the training part, only the first so many in the order of the input, after all filters; what
+            stands behind the last of them is neither trained on nor held out. None: all.
+        max_tokens: the same up to and with the document that reaches so many tokens, end of text counted.
         part: (i, n): only tokenise the i-th of n parts of the input (i from 1), for `merge`.
         workers: processes; None: all processors.
         on_bad_row: count and skip bad rows and damaged files, or stop at the first.
@@ -87,7 +93,7 @@ def prepare(
     files = find_inputs(inputs)
     units = group_files(files)
     options = {"order": order, "split_by": split_by, "minimum_tokens": minimum_tokens, "deduplicate": deduplicate}
-    options |= {"seed": seed, "shard_tokens": shard_tokens}
+    options |= {"seed": seed, "shard_tokens": shard_tokens, "max_documents": max_documents, "max_tokens": max_tokens}
     recipe = make_recipe(name, inputs, files, len(units), tokenizer, validation_share, **options)
     work = Work(recipe, outputs, workers, say)
     job = functools.partial(TokeniseJob, recipe=recipe, tokenizer=tokenizer, fail_on_bad_row=on_bad_row == "fail")
@@ -103,7 +109,7 @@ def prepare(
             return reused
         work.resume_or_reset()
         folder = work.partial("training") / "units"
-        counts = _tokenise(work, job(folder=folder), units)
+        counts = _tokenise(work, job(folder=folder), units, enough=functools.partial(reached, recipe))
         return _finish(work, Units(recipe, (folder,), counts), start)
 
 
@@ -217,8 +223,13 @@ def _prepare_part(
     return report_part(work.recipe.name, part, counts, time.perf_counter() - start)
 
 
-def _tokenise(work: Work, job: TokeniseJob, units: Sequence[Unit]) -> list[UnitCounts]:
-    """First half of preparing: all these units, in order."""
+def _tokenise(
+    work: Work,
+    job: TokeniseJob,
+    units: Sequence[Unit],
+    enough: Callable[[Iterable[UnitCounts]], bool] = lambda _: False,
+) -> list[UnitCounts]:
+    """First half of preparing: these units in order, all of them or up to the one with which there are enough."""
     job.folder.mkdir(parents=True, exist_ok=True)
     counts = {unit.index: finished_counts(job.folder, unit.index) for unit in units}
     if job.fail_on_bad_row:
@@ -227,10 +238,21 @@ def _tokenise(work: Work, job: TokeniseJob, units: Sequence[Unit]) -> list[UnitC
     progress = Progress(
         work.say, f"source {work.recipe.name}: tokenised {{}} groups of files", len(units) - len(rest), len(units)
     )
-    for unit, done in zip(rest, ordered_map(functools.partial(tokenise_unit, job), rest, work.workers), strict=True):
-        counts[unit.index] = done
-        progress.add(unit.size, sum(done.tokens))
-    return [done for done in counts.values() if done]
+    with contextlib.closing(ordered_map(functools.partial(tokenise_unit, job), rest, work.workers)) as results:
+        for unit in rest:
+            if enough(_leading(counts.values())):
+                break
+            counts[unit.index] = done = next(results)
+            progress.add(unit.size, sum(done.tokens))
+    return list(_leading(counts.values()))
+
+
+def _leading(counts: Iterable[UnitCounts | None]) -> Iterator[UnitCounts]:
+    """The counts before the first unit that is not done."""
+    for done in counts:
+        if done is None:
+            return
+        yield done
 
 
 def _refuse_skipped(left_out: LeftOut, folder: Path | str) -> None:

@@ -50,11 +50,17 @@ class Recipe:
     deduplicate: bool
     seed: int
     shard_tokens: int
+    max_documents: int | None  # of the training part, the first of the input; None: all
+    max_tokens: int | None
     fingerprint: str  # SHA-256 over all that decides the content, the files' content among it
 
     @property
     def ordered(self) -> bool:
         return self.order != SHUFFLE
+
+    @property
+    def limited(self) -> bool:
+        return self.max_documents is not None or self.max_tokens is not None
 
     @property
     def order_column(self) -> str:
@@ -93,7 +99,7 @@ def make_recipe(
         units: groups that the files make.
         tokenizer: makes the ids.
         validation_share: share to hold out, 0 to 1.
-        options: order, split_by, minimum_tokens, deduplicate, seed, shard_tokens.
+        options: order, split_by, minimum_tokens, deduplicate, seed, shard_tokens, max_documents, max_tokens.
 
     Raises:
         UserError: an option cannot be, or a file cannot be read.
@@ -102,10 +108,16 @@ def make_recipe(
         raise UserError(f"source {name}: order {options['order']!r} is none of shuffle, keep, COLUMN, -COLUMN")
     if options["minimum_tokens"] < 0:
         raise UserError(f"source {name}: minimum_tokens {options['minimum_tokens']}: at least 0")
+    limits = {key: options[key] for key in ("max_documents", "max_tokens") if options[key] is not None}
+    for key, limit in limits.items():
+        if limit < 1:
+            raise UserError(f"source {name}: {key} {limit}: at least 1")
     if not 0 <= validation_share < 1:
         raise UserError(f"source {name}: validation_share {validation_share}: at least 0 and below 1, such as 0.02")
     hold_out = HoldOut.choose(files, validation_share)
-    rule = [hold_out.by, hold_out.share, *(options[key] for key in sorted(options))]
+    others = sorted(options.keys() - {"max_documents", "max_tokens"})
+    # without limits as it was before there were any, so that sources made then are still found
+    rule = [hold_out.by, hold_out.share, *(options[key] for key in others), *([limits] if limits else [])]
     with ThreadPoolExecutor(_READERS) as readers:
         hashes = readers.map(_fingerprints, files)
         contents = [[file.name, file.kind, *content] for file, content in zip(files, hashes, strict=True)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,9 @@ class Work:
             UserError: a side gets no document.
         """
         arrangement = arrange(units, self.partial("training") / "places.bin")
+        units = replace(units, counts=units.counts[: arrangement.units])
         left_out = LeftOut.count(units.counts, arrangement.duplicates)
+        self._warn_of_limits(arrangement)
         for side in self.outputs:
             if not any(destination.validation == (side == "validation") for destination in arrangement.destinations):
                 raise UserError(_nothing_left(self.recipe, side, left_out))
@@ -102,6 +104,20 @@ class Work:
             (self.partial(side) / side).rename(self.outputs[side])
         self.remove_partial()
         return sources
+
+    def _warn_of_limits(self, arrangement: Arrangement) -> None:
+        training = [destination for destination in arrangement.destinations if not destination.validation]
+        documents, tokens = sum(some.documents for some in training), sum(some.tokens for some in training)
+        limits = {
+            "max_documents": (self.recipe.max_documents, documents),
+            "max_tokens": (self.recipe.max_tokens, tokens),
+        }
+        given = {key: (limit, there) for key, (limit, there) in limits.items() if limit is not None}
+        if given and all(there < limit for limit, there in given.values()):
+            for key, (limit, there) in given.items():
+                self.say(
+                    f"WARNING: source {self.recipe.name}: the whole input has {there:,}, fewer than {key} {limit:,}"
+                )
 
     def _write(
         self, units: Units, arrangement: Arrangement, left_out: LeftOut, sides: set[str]
@@ -168,6 +184,8 @@ def _made_from(recipe: Recipe, destination: Destination, left_out: LeftOut) -> d
         "value": destination.value,
         "minimum_tokens": recipe.minimum_tokens,
         "deduplicate": recipe.deduplicate,
+        "max_documents": recipe.max_documents,
+        "max_tokens": recipe.max_tokens,
         "seed": recipe.seed,
         **asdict(left_out),
     }

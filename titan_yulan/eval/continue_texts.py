@@ -11,10 +11,11 @@ import torch
 
 from titan_yulan.errors import UserError
 from titan_yulan.eval.batches import batches_of
-from titan_yulan.eval.generate import Continuation, Speed, continue_ids
+from titan_yulan.eval.generate import Continuation, Speed
 from titan_yulan.eval.open_model import TrainedModel, in_precision, open_device, open_model
 from titan_yulan.eval.sampling import Sampling
 from titan_yulan.eval.text_stream import InOrder, TextStream
+from titan_yulan.eval.unmask import writing
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Settings:
 
     context: tokens of prompt and continuation; None: as many as the model was trained with.
     batch_tokens: tokens of a batch, padding and what may be written included.
+    steps: forward passes that fill a text, of a model of masked diffusion; None: one for each token.
     precision: float32 or bfloat16; None: the model's own.
     """
 
@@ -30,11 +32,12 @@ class Settings:
     new_tokens: int = 100
     context: int | None = None
     batch_tokens: int = 16384
+    steps: int | None = None
     device: str | None = None
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("new_tokens", "context", "batch_tokens"):
+        for name in ("new_tokens", "context", "batch_tokens", "steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
@@ -64,7 +67,8 @@ def continue_texts(
     write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> list[Continuation]:
-    """Write each prompt with its continuation, in the order of the prompts, while they are drawn.
+    """Write each prompt with its continuation, in the order of the prompts, while they are drawn; of masked diffusion
+    what no hidden token stands before.
 
     Args:
         path: run folder (its newest checkpoint), checkpoint folder, or Hugging Face folder.
@@ -72,7 +76,7 @@ def continue_texts(
         say: gets the lines that are about the texts.
 
     Raises:
-        UserError: the model cannot be opened, or a prompt leaves no room in the context.
+        UserError: the model cannot be opened or does not write in `steps`, or a prompt leaves no room in the context.
         RunError: the model is damaged.
     """
     place = open_device(settings.device)
@@ -112,14 +116,14 @@ def _write_all(
 ) -> tuple[list[Continuation], Speed]:
     """Batches of prompts of similar length, one batch after the other."""
     found: dict[int, Continuation] = {}
-    speed = Speed()
+    speed, write = Speed(), writing(model.mask_token_id, settings.steps)
     lengths = [len(prompt) + min(settings.new_tokens, context - len(prompt)) for prompt in prompts]
     for batch in batches_of(lengths, settings.batch_tokens):
         streams = [
             TextStream(model.tokenizer, prompts[i], lambda piece, i=i: output.add(i, piece))  # type: ignore[misc]
             for i in batch
         ]
-        written = continue_ids(
+        written = write(
             model.decoder,
             [prompts[i] for i in batch],
             settings.sampling,

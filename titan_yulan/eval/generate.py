@@ -157,6 +157,7 @@ def generate(
     top_k: int = 40,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    write: Callable[..., list[Continuation]] = continue_ids,
 ) -> list[int]:
     """Ids of the continuation of one prompt, without it, on ranks that all have this prompt.
 
@@ -164,9 +165,10 @@ def generate(
         prompt: of one that fills the context the end is read, half a context long.
         new_tokens, eos_id, vocab_size, context, temperature, top_k, seed, device: as `continue_ids` and `Sampling` have
             them.
+        write: how the model writes (`eval.unmask.writing`).
     """
     read = prompt if len(prompt) < context else prompt[-max(1, context // 2) :]
-    (found,) = continue_ids(
+    (found,) = write(
         decoder,
         [read],
         Sampling(temperature, top_k, seed=seed),

@@ -19,17 +19,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval.attending import Branches, attending
 from titan_yulan.eval.batches import batches_of
+from titan_yulan.eval.bidirectional import logits_of
 from titan_yulan.eval.share import Share
 from titan_yulan.model import Decoder
-
-# Logits that are held at a time: 8 MB in float32 stay in a CPU's cache, 256 MB keep a GPU busy.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -42,12 +39,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Natural logarithm of a continuation's probability; its tokens; whether each was the model's first choice, and
-    whether tokens of the context were left out for want of room."""
+    """Natural logarithm of a continuation's probability; its tokens; whether each was the model's first choice (None:
+    not looked for), and whether tokens of the context were left out for want of room."""
 
     logprob: float
     tokens: int
-    greedy: bool
+    greedy: bool | None
     cut: bool
 
 
@@ -81,6 +78,19 @@ def _pieces(span: Span, context: int) -> list[Span]:
     whole, first = [*span.context, *span.continuation], len(span.context)
     starts = range(first, len(whole), context)
     return [Span(whole[max(0, start - context) : start], whole[start : start + context]) for start in starts]
+
+
+def require_finite(logprob: float) -> float:
+    """
+    Raises:
+        RunError: it is not finite.
+    """
+    if not logprob > -math.inf:  # nor if it is no number
+        raise RunError(
+            f"the model gives a log-likelihood of {logprob}: its weights are damaged, or those of a run that failed; "
+            "take an earlier checkpoint, or --precision float32"
+        )
+    return logprob
 
 
 class _Row:
@@ -147,12 +157,7 @@ class Likelihoods:
         results = []
         for span, part in zip(spans, pieces, strict=True):
             found = [next(values) for _ in part]
-            logprob = math.fsum(value for value, _ in found)
-            if not logprob > -math.inf:  # nor if it is no number
-                raise RunError(
-                    f"the model gives a log-likelihood of {logprob}: its weights are damaged, or those of a run that "
-                    "failed; take an earlier checkpoint, or --precision float32"
-                )
+            logprob = require_finite(math.fsum(value for value, _ in found))
             cut = len(span.context) + len(span.continuation) - 1 > self.context
             results.append(Likelihood(logprob, len(span.continuation), all(greedy for _, greedy in found), cut))
         return results
@@ -195,7 +200,7 @@ class Likelihoods:
 
         def head(hidden: Tensor, weight: Tensor) -> Tensor:
             whole = self.decoder.model.sharding.join_context(hidden)
-            return self._look_up(whole.flatten(0, 1), weight, wanted, tokens)
+            return self._look_up(whole.flatten(0, 1)[wanted], weight, tokens)
 
         with torch.compiler.set_stance("force_eager"):  # compiled, every length would be a graph of its own
             found = self._forward(rows, length, head).cpu()
@@ -220,13 +225,13 @@ class Likelihoods:
         """(rows, length) int64."""
         return torch.tensor([[*row, *[0] * (length - len(row))] for row in values], device=self.device)
 
-    def _look_up(self, hidden: Tensor, weight: Tensor, wanted: Tensor, tokens: Tensor) -> Tensor:
-        """For each token its log-probability and whether it is the likeliest one: (2, tokens) float64."""
-        chunk = max(1, _CHUNK_ELEMENTS[hidden.device.type] // self.decoder.config.vocab_size)
-        found = []
-        for places, ids in zip(wanted.split(chunk), tokens.split(chunk), strict=True):
-            logits = functional.linear(hidden[places], weight)
-            logits = self.decoder.model.sharding.gather_vocabulary(logits).float()
+    def _look_up(self, hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+        """For each place (places, hidden) the log-probability of its token and whether that is the likeliest one:
+        (2, places) float64."""
+        found, done = [], 0
+        for logits in logits_of(self.decoder, hidden, weight):
+            ids = tokens[done : done + len(logits)]
+            done += len(logits)
             logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1)
             found.append(torch.stack([logprobs, logits.argmax(1) == ids]).double())
         return torch.cat(found, dim=1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from titan_yulan.errors import UserError
+from titan_yulan.eval.diffusion import refuse_diffusion
 from titan_yulan.eval.likelihood import Likelihoods, Span, encode_pair
 from titan_yulan.eval.open_model import in_precision, open_device, open_model
 from titan_yulan.eval.requests import DEFAULT_NEW_TOKENS, Generation
@@ -42,10 +43,11 @@ class TitanYulan(LM):
             precision: float32 or bfloat16; None: the model's own.
 
         Raises:
-            UserError: the model cannot be opened.
+            UserError: the model cannot be opened, or is one of masked diffusion.
         """
         super().__init__()
         model = open_model(Path(run))
+        refuse_diffusion(model, "lm-evaluation-harness", "evaluate it with titan-yulan eval")
         self.tokenizer, self.context = model.tokenizer, context or model.context
         decoder = in_precision(model.decoder, getattr(torch, precision or model.precision), open_device(device))
         self._likelihoods = Likelihoods(decoder, self.context, batch_tokens)
@@ -54,7 +56,7 @@ class TitanYulan(LM):
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the likeliest) for each (context, continuation)."""
         found = self._likelihoods([encode_pair(self.tokenizer, *request.args) for request in requests])
-        return [(value.logprob, value.greedy) for value in found]
+        return [(value.logprob, bool(value.greedy)) for value in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Log-likelihood of each whole text; that of a text without a token is 0, as in lm-eval's own hf model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from titan_yulan.checkpoint.hugging_face import CONFIG, check_tensors, is_huggin
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face
 from titan_yulan.checkpoint.layout import MANIFEST, hash_file, open_checkpoint
 from titan_yulan.checkpoint.resume import trained_tokenizer
+from titan_yulan.config.sections import ObjectiveSection
+from titan_yulan.data.mask_token import mask_token
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.load import load_decoder
@@ -27,6 +29,9 @@ class TrainedModel:
     fingerprint: changes when a weight changes.
     precision: float32 or bfloat16, in which the matrices are meant to be used.
     context: tokens of the rows that it was trained with; longest: the most that it takes.
+    objective: what it was trained for; of a Hugging Face folder to predict the next token.
+    mask_token_id: what stands for a hidden token in masked diffusion, where tokens also see those behind them; None: the
+        model predicts the next token.
     """
 
     decoder: Decoder
@@ -35,6 +40,8 @@ class TrainedModel:
     precision: str
     context: int
     longest: int
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    mask_token_id: int | None = None
 
 
 def open_model(path: Path) -> TrainedModel:
@@ -58,13 +65,16 @@ def _open_checkpoint(path: Path) -> TrainedModel:
     checkpoint = open_checkpoint(path)
     decoder, config = load_decoder(checkpoint.path)
     phase = next(phase for phase in config.phases if phase.name == checkpoint.state().phase)
+    tokenizer = trained_tokenizer(checkpoint, config)
     return TrainedModel(
         decoder,
-        trained_tokenizer(checkpoint, config),
+        tokenizer,
         fingerprint=hash_file(checkpoint.path / MANIFEST),
         precision=phase.parallel.compute_dtype,
         context=phase.sequence_length,
         longest=max(config.model.max_position_embeddings, phase.sequence_length),
+        objective=config.objective,
+        mask_token_id=mask_token(config, tokenizer.vocab_size),
     )
 
 

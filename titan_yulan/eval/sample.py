@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.data.mask_token import mask_token
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.eval.generate import generate
+from titan_yulan.eval.unmask import writing
 from titan_yulan.model import Decoder
 
 
@@ -21,5 +23,6 @@ def continue_prompt(decoder: Decoder, tokenizer: Tokenizer, config: RunConfig, d
         context=config.phases[-1].sequence_length,
         seed=config.run.seed,
         device=device,
+        write=writing(mask_token(config, tokenizer.vocab_size)),
     )
     return tokenizer.decode(ids)

@@ -23,6 +23,7 @@ from titan_yulan.data.report import Say, say_now
 from titan_yulan.data.rows import Document
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
+from titan_yulan.eval.diffusion import refuse_diffusion
 from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span
 from titan_yulan.eval.open_model import in_precision, open_device, open_model
 from titan_yulan.model import Decoder
@@ -100,6 +101,7 @@ def score(
     files = find_inputs(inputs)[rank::world]
     place = open_device(device)
     model = open_model(run)
+    refuse_diffusion(model, "data score", "titan-yulan eval --tasks FILE gives a bound for each text")
     context = model.context if context is None else context
     if not 1 <= context <= model.longest or batch_tokens < 1:
         raise UserError(f"--context must be from 1 to {model.longest} for this model, --batch-tokens at least 1")

@@ -1,4 +1,4 @@
-"""What a model writes after a context, token by token the likeliest one, many contexts at a time."""
+"""What a model writes after a context, always the likeliest token, many contexts at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.eval.batches import batches_of
 from titan_yulan.eval.check import check_room
-from titan_yulan.eval.generate import continue_ids
 from titan_yulan.eval.requests import Generation
 from titan_yulan.eval.sampling import Sampling
 from titan_yulan.eval.share import Share
+from titan_yulan.eval.unmask import writing
 from titan_yulan.model import Decoder
 
 _GREEDY = Sampling(temperature=0.0)
@@ -40,6 +40,7 @@ class Writer:
         batch_tokens: int,
         share: Share | None = None,
         device: torch.device | None = None,
+        mask_token_id: int | None = None,
     ) -> None:
         """
         Args:
@@ -48,7 +49,9 @@ class Writer:
             batch_tokens: tokens of a batch, padding and what may be written included.
             share: how ranks share the work; None: there is one.
             device: that it computes on; None: that of its weights.
+            mask_token_id: see `eval.unmask.writing`.
         """
+        self._continue = writing(mask_token_id)
         self.decoder, self.tokenizer, self.context, self.batch_tokens = decoder, tokenizer, context, batch_tokens
         self.share, self.device = share or Share(), device
 
@@ -104,7 +107,7 @@ class Writer:
                 tell()
             return self.share.goes_on(writing)
 
-        found = continue_ids(
+        found = self._continue(
             self.decoder,
             prompts,
             _GREEDY,

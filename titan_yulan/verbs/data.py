@@ -35,6 +35,8 @@ def add(verbs: Any) -> None:
     prepare.add_argument("--split-by", default="", metavar="COLUMN", help="a source for each value, below --output")
     prepare.add_argument("--minimum-tokens", type=int, default=20, metavar="N", help="leave out shorter documents")
     prepare.add_argument("--deduplicate", action="store_true", help="keep the first of equal documents")
+    prepare.add_argument("--max-documents", type=_count, metavar="N", help="only the first N documents, after filters")
+    prepare.add_argument("--max-tokens", type=_count, metavar="N", help="only up to the document that reaches N tokens")
     prepare.add_argument("--part", type=_part, metavar="I/N", help="tokenise the I-th of N parts, for 'data merge'")
     prepare.add_argument("--on-bad-row", choices=("skip", "fail"), default="skip")
     prepare.add_argument("--workers", type=int, help="processes (default: one per core)")
@@ -107,12 +109,23 @@ def _data_prepare(options: argparse.Namespace) -> None:
         split_by=options.split_by,
         minimum_tokens=options.minimum_tokens,
         deduplicate=options.deduplicate,
+        max_documents=options.max_documents,
+        max_tokens=options.max_tokens,
         part=options.part,
         workers=options.workers,
         on_bad_row=options.on_bad_row,
         seed=options.seed,
     )
     print("\n".join(report.lines()))
+
+
+def _count(text: str) -> int:
+    from titan_yulan.config.values import Tokens
+
+    try:
+        return int(Tokens.parse(text).value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 208931 or 100M") from None
 
 
 def _part(text: str) -> tuple[int, int]:

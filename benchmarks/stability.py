@@ -1,0 +1,274 @@
+"""Small runs at high learning rates with WeSaR, muP and QK LayerNorm on and off: do they stay stable?
+
+    python benchmarks/stability.py --plot docs/stability.png          six runs at each of four rates: ten minutes or so
+
+Every run goes through the trainer: the debug data (prepared if missing), 6 layers of 128 with heads of 32, 8 rows of 64
+tokens a step, the same seed, so the same rows and the same random numbers; ten steps of warm-up, then a constant rate.
+Losses and gradient norms are those of metrics.jsonl, the rest those of statistics.jsonl (docs/monitoring.md).
+
+    WeSaR          trained scalars on all matrices; without muP they start at 1, those of o and down at 1 / sqrt(2 layers)
+    muP            the whole column of YuLan-Mini's table (arXiv 2412.17743, table 3), from width 32: matrices learn at
+                   eta / 4 and start with a quarter of the variance, embedding times 10, residual times 1.4 / sqrt(layers)
+    QK LayerNorm   a LayerNorm per head on queries and keys
+    none           matrices at eta, standard deviation 0.02, of o and down 0.02 / sqrt(2 layers)
+
+A run that others would call the same learning rate is not the same: muP's matrices learn at a quarter of eta. So every
+recipe runs at several rates, each a little more than three times the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import ROOT, head, table
+from titan_yulan import config as configuration
+from titan_yulan.data.ensure import ensure_prepared
+from titan_yulan.errors import RunError
+from titan_yulan.monitor.metrics import read_lines
+from titan_yulan.train import train
+
+LAYERS, WIDTH, BASE_WIDTH = 6, 128, 32
+RATES = (0.003, 0.01, 0.03, 0.1)
+WARM_UP = 10  # steps
+SMOOTHING = 10  # steps whose mean is called the loss
+
+JOB = """
+extends = "{debug}"
+[run]
+name = "{name}"
+output_dir = "{folder}"
+seed = {seed}
+[model]
+hidden_size = {width}
+intermediate_size = 320
+num_hidden_layers = {layers}
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 32
+{model}
+[batch]
+global_batch_size = 8
+micro_batch_size = 8
+[optimizer]
+learning_rate = {rate}
+base_width = {base_width}
+[checkpoint]
+every = "{steps} steps"
+[eval]
+rows = 1
+prompt = ""
+[recovery]
+spike = "off"
+[monitor]
+log_every = 20
+tensorboard = false
+statistics_every = 4
+statistics_rows = 8
+statistics_layers = 2
+[[curriculum]]
+name = "stable"
+length = "{steps} steps"
+sequence_length = 64
+mix = {{ code = 0.5, math = 0.3, prose = 0.2 }}
+lr = [{{ shape = "linear", from = 0.1, to = 1.0, over = "{warm_up} steps" }}, {{ shape = "constant" }}]
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    wesar: bool = False
+    mup: bool = False
+    qk_layer_norm: bool = False
+
+    def model_lines(self) -> str:
+        """Keys of `[model]`."""
+        lines = [f"wesar = {str(self.wesar).lower()}", f"qk_layer_norm = {str(self.qk_layer_norm).lower()}"]
+        if self.wesar:
+            lines += ['initialization = "wesar"', f"alpha_base_width = {BASE_WIDTH if self.mup else WIDTH}"]
+        elif self.mup:
+            lines += ['initialization = "cerebras"', f"initialization_base_width = {BASE_WIDTH}"]
+        else:
+            lines += ['initialization = "cerebras"', f"output_init_divisor = {math.sqrt(2 * LAYERS)}"]
+        if not self.mup:
+            lines += ["embedding_scale = 1.0", "residual_scale = 1.0"]
+        return "\n".join(lines)
+
+
+RECIPES = (
+    Recipe("none"),
+    Recipe("QK LayerNorm", qk_layer_norm=True),
+    Recipe("WeSaR", wesar=True),
+    Recipe("muP", mup=True),
+    Recipe("WeSaR + muP (YuLan-Mini)", wesar=True, mup=True),
+    Recipe("all three", wesar=True, mup=True, qk_layer_norm=True),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run recorded: values by step.
+
+    ended: "" if it came to its end, else why it did not.
+    hidden_rms: of the residual stream behind the last block.
+    logsumexp: of attention in the last block, of the head that has the largest mean.
+    """
+
+    recipe: Recipe
+    rate: float
+    ended: str
+    loss: dict[int, float]
+    gradient_norm: dict[int, float]
+    hidden_rms: dict[int, float]
+    logsumexp: dict[int, float]
+
+
+def run(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Run:
+    name = f"{RECIPES.index(recipe)}-{rate}-{seed}"
+    job = folder / f"{name}.toml"
+    text = JOB.format(
+        debug=ROOT / "train_configs/debug.toml",
+        name=name,
+        folder=folder,
+        seed=seed,
+        width=WIDTH,
+        layers=LAYERS,
+        model=recipe.model_lines(),
+        rate=rate,
+        base_width=BASE_WIDTH if recipe.mup else 0,
+        steps=steps,
+        warm_up=WARM_UP,
+    )
+    job.write_text(text, encoding="utf-8")
+    config, ended = configuration.load(job).config, ""
+    ensure_prepared(config, print)
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            train(config)
+        except RunError as error:
+            ended = str(error)
+    return read(recipe, rate, ended, folder / name)
+
+
+def read(recipe: Recipe, rate: float, ended: str, folder: Path) -> Run:
+    metrics = read_lines(folder / "metrics.jsonl")
+    observed = {line["step"]: line["values"] for line in read_lines(folder / "statistics.jsonl")}
+    last = f"layer_{LAYERS - 1:02d}"
+    return Run(
+        recipe,
+        rate,
+        ended,
+        {line["step"]: line["loss"] for line in metrics if line["loss"] is not None},
+        {line["step"]: line["gradient_norm"] for line in metrics if line["gradient_norm"] is not None},
+        {step: values[f"hidden/mlp_residual/{last}/rms"] for step, values in observed.items()},
+        {step: values[f"attention/logsumexp_max/{last}"] for step, values in observed.items()},
+    )
+
+
+def smooth(values: dict[int, float]) -> dict[int, float]:
+    """Means of SMOOTHING steps, by the last of them."""
+    steps = list(values)
+    return {
+        steps[end - 1]: statistics.fmean(values[step] for step in steps[end - SMOOTHING : end])
+        for end in range(SMOOTHING, len(steps) + 1)
+    }
+
+
+def largest_rise(values: dict[int, float]) -> float:
+    """By how much the smoothed values rise above the lowest before, at most."""
+    lowest, rise = math.inf, 0.0
+    for value in smooth(values).values():
+        lowest = min(lowest, value)
+        rise = max(rise, value - lowest)
+    return rise
+
+
+def report(runs: Sequence[Run], csv_file: Path | None) -> str:
+    columns = [
+        "eta",
+        "recipe",
+        "loss at the end",
+        "largest rise of the loss",
+        "gradient norm, median of the second half",
+        "largest gradient norm",
+        "hidden RMS, first",
+        "hidden RMS, last",
+        "log-sum-exp, first",
+        "log-sum-exp, largest",
+    ]
+    lines = []
+    for one in runs:
+        norms, rms, sums = (list(values.values()) for values in (one.gradient_norm, one.hidden_rms, one.logsumexp))
+        end = f"{list(smooth(one.loss).values())[-1]:.2f}" + (f" (ended: {one.ended})" if one.ended else "")
+        values = [largest_rise(one.loss), statistics.median(norms[len(norms) // 2 :]), max(norms), rms[0], rms[-1]]
+        lines.append(
+            [one.rate, one.recipe.name, end, *(f"{value:.3g}" for value in (*values, sums[0], max(sums, key=abs)))]
+        )
+    return table(columns, lines, csv_file)
+
+
+def plot(runs: Sequence[Run], rate: float, path: Path) -> None:
+    """Four panels over the steps of the runs at `rate`."""
+    canvas = importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 6.4))
+    axes = figure.subplots(2, 2, sharex=True).flat
+    for one in (one for one in runs if one.rate == rate):
+        curves = (smooth(one.loss), smooth(one.gradient_norm), one.hidden_rms, one.logsumexp)
+        for panel, values in zip(axes, curves, strict=True):
+            panel.plot(list(values), list(values.values()), label=one.recipe.name, linewidth=1.3)
+    titles = (
+        f"training loss, mean of {SMOOTHING} steps",
+        f"gradient norm before clipping, mean of {SMOOTHING} steps",
+        "RMS of the residual stream behind the last block",
+        "attention log-sum-exp, last block, largest head",
+    )
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_yscale("log")
+        panel.set_title(title, fontsize="medium")
+        panel.grid(alpha=0.3, which="both")
+    figure.supxlabel("step")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize="small")
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.set_dpi(90)
+    canvas(figure).print_png(str(path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="values of eta")
+    parser.add_argument("--steps", type=int, default=120, help="of every run, default 120")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--csv", type=Path, help="append the table to this file")
+    parser.add_argument("--plot", type=Path, help="also draw the runs at the last of the rates into this PNG")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(head("torch"))
+    begin, runs = time.process_time(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for rate in options.rates:
+            for recipe in RECIPES:
+                runs.append(run(recipe, rate, options.steps, options.seed, Path(folder)))
+    print(report(runs, options.csv))
+    print(f"\n{time.process_time() - begin:.0f} s of processor time")
+    if options.plot:
+        plot(runs, options.rates[-1], options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Which checkpoint of a run has the lowest validation loss: from `validation.jsonl` and the checkpoints that are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from titan_yulan.checkpoint.layout import best_checkpoint, find_checkpoints, point_at_best
+from titan_yulan.config.sections import RunConfig
+from titan_yulan.config.values import Tokens, amount
+from titan_yulan.monitor.metrics import read_lines
+
+
+def mean_validation_loss(losses: dict[str, float], mix: dict[str, float | Tokens]) -> float:
+    """The mean over the held-out parts of the sources of `mix`, weighted by their shares; over all that were measured,
+    evenly, if the mix has none of them.
+
+    Args:
+        losses: of a line of `validation.jsonl`, by source.
+    """
+    weights = {name: amount(mix[name]) for name in losses if name in mix} or dict.fromkeys(losses, 1.0)
+    return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
+
+
+def mean_validation_losses(folder: Path, config: RunConfig) -> dict[int, float]:
+    """Step -> mean validation loss, of all validations of a run. Every one is weighted by the last phase's mix, so that
+    they can be compared; one that is not finite is left out."""
+    mix = config.phases[-1].mix
+    return {
+        line["step"]: mean_validation_loss(line["validation_loss"], mix)
+        for line in read_lines(folder / "validation.jsonl")
+        if line["validation_loss"] and None not in line["validation_loss"].values()
+    }
+
+
+def is_best(folder: Path, config: RunConfig, step: int, first: int) -> bool:
+    """Whether the validation after `step` is recorded, and lower than all before it.
+
+    Args:
+        first: the step that the run began with, whose validation is of no trained model.
+    """
+    losses = mean_validation_losses(folder, config)
+    return step in losses and all(losses[step] < loss for other, loss in losses.items() if first < other < step)
+
+
+def show_best(folder: Path, config: RunConfig) -> None:
+    """Let the link `best` be what the files of a run folder say, if the configuration asks for one: a kill may have
+    come between a checkpoint and its link."""
+    checkpoints = folder / "checkpoints"
+    if config.checkpoint.keep_best and (found := find_checkpoints(checkpoints)):
+        losses = mean_validation_losses(folder, config)
+        point_at_best(checkpoints, best_checkpoint(checkpoints, losses, found[-1].step))
