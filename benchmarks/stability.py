@@ -1,19 +1,20 @@
 """Small runs at high learning rates with WeSaR, muP and QK LayerNorm on and off: do they stay stable?
 
-    python benchmarks/stability.py --plot docs/stability.png          six runs at each of four rates: ten minutes or so
+    python benchmarks/stability.py --plot docs/stability.png            24 runs, some ten minutes of a CPU core
+    python benchmarks/stability.py --rates 0.04 --folder outputs/stability     in parts: finished runs are only read
 
 Every run goes through the trainer: the debug data (prepared if missing), 6 layers of 128 with heads of 32, 8 rows of 64
 tokens a step, the same seed, so the same rows and the same random numbers; ten steps of warm-up, then a constant rate.
 Losses and gradient norms are those of metrics.jsonl, the rest those of statistics.jsonl (docs/monitoring.md).
 
-    WeSaR          trained scalars on all matrices; without muP they start at 1, those of o and down at 1 / sqrt(2 layers)
-    muP            the whole column of YuLan-Mini's table (arXiv 2412.17743, table 3), from width 32: matrices learn at
-                   eta / 4 and start with a quarter of the variance, embedding times 10, residual times 1.4 / sqrt(layers)
-    QK LayerNorm   a LayerNorm per head on queries and keys
     none           matrices at eta, standard deviation 0.02, of o and down 0.02 / sqrt(2 layers)
+    QK LayerNorm   a LayerNorm per head on queries and keys
+    WeSaR          trained scalars on all matrices; without muP they start at 1, of o and down at 1 / sqrt(2 layers)
+    muP            YuLan-Mini's column of its table (arXiv 2412.17743, table 3), from width 32: matrices learn at eta / 4
+                   and start with a quarter of the variance; embedding times 10, residual times 1.4 / sqrt(layers)
 
-A run that others would call the same learning rate is not the same: muP's matrices learn at a quarter of eta. So every
-recipe runs at several rates, each a little more than three times the one before.
+One eta is not one learning rate: muP's matrices learn at a quarter of it. So the rates are a factor of 4 apart, and a
+run without muP is to be compared with those of muP at the same eta, and at four times as much.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from benchmarks.measuring import ROOT, head, table
 from titan_yulan import config as configuration
 from titan_yulan.data.ensure import ensure_prepared
 from titan_yulan.errors import RunError
-from titan_yulan.monitor.metrics import read_lines
+from titan_yulan.monitor.metrics import read_lines, read_status
 from titan_yulan.train import train
 
 LAYERS, WIDTH, BASE_WIDTH = 6, 128, 32
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = (0.0025, 0.01, 0.04, 0.16)
 WARM_UP = 10  # steps
 SMOOTHING = 10  # steps whose mean is called the loss
 
@@ -155,13 +156,15 @@ def run(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Run
         warm_up=WARM_UP,
     )
     job.write_text(text, encoding="utf-8")
-    config, ended = configuration.load(job).config, ""
-    ensure_prepared(config, print)
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            train(config)
-        except RunError as error:
-            ended = str(error)
+    ended = ""
+    if read_status(folder / name).get("state") != "finished":
+        config = configuration.load(job).config
+        ensure_prepared(config, print)
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                train(config)
+            except RunError as error:
+                ended = str(error)
     return read(recipe, rate, ended, folder / name)
 
 
@@ -254,16 +257,18 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="values of eta")
     parser.add_argument("--steps", type=int, default=120, help="of every run, default 120")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--folder", type=Path, help="keep the run folders here; runs that are finished are only read")
     parser.add_argument("--csv", type=Path, help="append the table to this file")
     parser.add_argument("--plot", type=Path, help="also draw the runs at the last of the rates into this PNG")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(head("torch"))
-    begin, runs = time.process_time(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for rate in options.rates:
-            for recipe in RECIPES:
-                runs.append(run(recipe, rate, options.steps, options.seed, Path(folder)))
+    begin = time.process_time()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        cases = [(recipe, rate) for rate in options.rates for recipe in RECIPES]
+        runs = [run(recipe, rate, options.steps, options.seed, folder) for recipe, rate in cases]
     print(report(runs, options.csv))
     print(f"\n{time.process_time() - begin:.0f} s of processor time")
     if options.plot:

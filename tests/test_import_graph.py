@@ -33,6 +33,7 @@ ORDER = (
     "trainer",
     "train",
     "launch",
+    "sweep",
     "verbs",
     "cli",
 )

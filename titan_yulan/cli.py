@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from titan_yulan.errors import UserError
-from titan_yulan.verbs import checkpoints, data, models, runs, scaling
+from titan_yulan.verbs import checkpoints, data, models, runs, scaling, sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    for group in (runs, data, checkpoints, models, scaling):
+    for group in (runs, sweep, data, checkpoints, models, scaling):
         group.add(verbs)
     return parser
 

@@ -15,11 +15,10 @@ from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.ledger import ledger, ledger_json
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.data.mask_token import mask_token
-from titan_yulan.data.source import Source
-from titan_yulan.data.tape import Tape, open_tape
+from titan_yulan.data.tape import open_tape
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.eval.in_training import TaskEvaluation
-from titan_yulan.eval.validation import HeldOutRows
+from titan_yulan.eval.validation import HeldOutRows, held_out_tape
 
 
 class RunInputs:
@@ -47,11 +46,12 @@ class RunInputs:
         self.sizes = {plan.sources[i]: tape.length for i, tape in self.tapes.items()}
         self.fingerprints = {plan.sources[i]: tape.fingerprint for i, tape in self.tapes.items()}
         paths = {i: config.data.sources[plan.sources[i]].validation_path for i in self.tapes}
-        self.held_out_tapes = {i: _held_out_tape(path) for i, path in paths.items() if path}
+        self.held_out_tapes = {i: held_out_tape(path) for i, path in paths.items() if path}
         # one length for the whole run, so that the losses of all phases can be compared
         length = config.phases[0].sequence_length
         self.held_out = HeldOutRows(self.held_out_tapes, config.eval.rows, length)
-        self.tasks = TaskEvaluation(config.eval, self.tokenizer, length) if config.eval.tasks else None
+        how = self.tokenizer, length, config.objective, self.mask_token_id
+        self.tasks = TaskEvaluation(config.eval, *how) if config.eval.tasks else None
 
     def carry_on(self, checkpoint: Checkpoint, allow_changes: Collection[str]) -> None:
         """Take up where a checkpoint stands in the data.
@@ -82,8 +82,3 @@ class RunInputs:
             ledger=ledger_json(ledger(plan, step, self.sizes)),
             mixture_history=[entry.to_json() for entry in plan.history_until(phase, position.row)],
         )
-
-
-def _held_out_tape(path: str) -> Tape:
-    # shuffled, or the first rows of a part that is sorted by perplexity would be its easiest documents
-    return Tape(Source.open(Path(path)), seed=0, shuffle=True)

@@ -37,6 +37,7 @@ from titan_yulan.data.source import Source
 from titan_yulan.data.tape import open_tape
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
+from titan_yulan.monitor.best import show_best
 from titan_yulan.monitor.metrics import read_status, write_atomically, write_status
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
 from titan_yulan.parallel.launched import (
@@ -86,6 +87,7 @@ def _launch(
     check_packages()
     path = configuration.find(config_name, ROOT)
     config = configuration.load(path, overrides).config
+    check_kill_switch(config)
     machine = inspect_machine()
     start = Launch.from_environment(machine)
     folder = run_folder(config)
@@ -100,6 +102,7 @@ def _launch(
     degrees = check_layout(plan, start, resume.step)
     _say_plan(path, config, plan, degrees, start, machine, resume, folder)
     if resume.complete:
+        show_best(folder, config)
         print(f"the run in {folder} is complete: step {resume.step} of {plan.end.step}; nothing to do")
         return 0
     check_sources_there(config)
@@ -144,6 +147,18 @@ def _prepare_data(config: RunConfig, signals: StopSignals) -> None:
         signals.check()  # Ctrl-C and Slurm's signals reach the processes of the preparation too, and end them
         raise
     signals.check()
+
+
+def check_kill_switch(config: RunConfig) -> None:
+    """The file that ends a run must not be there. The code is 2 and not 75: a job that is queued again on 75 would be
+    started again and again.
+
+    Raises:
+        UserError: it is.
+    """
+    path = config.run.kill_switch
+    if path and Path(path).exists():
+        raise UserError(f"run.kill_switch: {path} is there, so nothing is started; remove it, then the same command")
 
 
 def check_packages() -> None:

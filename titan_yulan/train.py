@@ -41,7 +41,9 @@ def train(config: RunConfig, allow_changes: Collection[str] = ()) -> str:
     world = process.start()
     folder = run_folder(config)
     watchdog = Watchdog(folder, world.rank, config.recovery.first_step_timeout, config.recovery.step_timeout)
-    with StopRequests(folder, config.run.time_limit) as stop:
+    # one rank looks, and all agree
+    kill_switch = Path(config.run.kill_switch) if config.run.kill_switch and world.is_main else None
+    with StopRequests(folder, config.run.time_limit, kill_switch=kill_switch) as stop:
         watchdog.start()
         try:
             trainer = Trainer(config, world, stop, watchdog, allow_changes)

@@ -41,6 +41,7 @@ from titan_yulan.eval.sample import continue_prompt
 from titan_yulan.inputs import RunInputs
 from titan_yulan.kernels.runtime import Kernels, choose
 from titan_yulan.learner import Learner
+from titan_yulan.monitor.best import KeepBest
 from titan_yulan.monitor.events import append_event
 from titan_yulan.monitor.garbage import GarbageCollection
 from titan_yulan.monitor.metrics import write_status
@@ -94,6 +95,7 @@ class Trainer:
         self.saver = Saver(self.folder / "checkpoints", world, config.checkpoint, partial(self._tell, "checkpoint"))
         checkpoint = self._newest_checkpoint()
         self.plan = make_plan(config, checkpoint)
+        self.best = KeepBest(config, self.folder, world, self.plan.phases[0].start.step)
         self.controller = MixtureController(self.plan)
         self.inputs = RunInputs(config, self.plan)
         self.resume = check_resume(config, self.plan, checkpoint, allow_changes)
@@ -231,7 +233,7 @@ class Trainer:
                     self._adjust_mixture()
                 self._validate_if_due()
                 self._evaluate_if_due()
-                if self.step == phase.end.step or self._due(self.config.checkpoint.every):
+                if self.step == phase.end.step or self._due(self.config.checkpoint.every) or self.best.due(self.step):
                     self.save()
                 self._profile()
                 self._poll(f"after step {self.step}")
@@ -336,6 +338,7 @@ class Trainer:
             sums, tokens = self.learner.validate(self.inputs.held_out, self.inputs.held_out_tapes, between=self._poll)
             losses = self.recorder.validation(self.step, sums, tokens)
         self.settling.measured()
+        self.best.validated(self.step)
         return losses
 
     def _evaluate_if_due(self) -> None:
@@ -378,7 +381,7 @@ class Trainer:
         phase = self._last_phase()
         state = self.inputs.state_after(phase, self.step, self.recovery.skipped)
         with self.watchdog.patient(f"saving step {self.step}"), self.recorder.spending("checkpoint"):
-            self.saver.save(self.learner.tensors(), state, configuration.to_toml(self.config))
+            self.saver.save(self.learner.tensors(), state, configuration.to_toml(self.config), self.best.losses())
         self.saved_step = self.step
         if state.phase_finished:
             for line in ledger_lines(phase, ledger(self.plan, self.step, self.inputs.sizes)):

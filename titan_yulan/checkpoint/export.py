@@ -126,12 +126,18 @@ def open_source(path: Path) -> Source:
 
     Raises:
         RunError: it is damaged or holds other tensors than its configuration says; each file or tensor is named.
-        UserError: the tokenizer has changed since.
+        UserError: the tokenizer has changed since, or the model is one of masked diffusion.
     """
     checkpoint = open_checkpoint(path)
     if damage := find_damage(checkpoint):
         raise RunError(f"{checkpoint.path} is damaged: {'; '.join(damage)}; name an older step folder (--checkpoint)")
     config, state = configuration.load(checkpoint.path / RUN_CONFIG).config, checkpoint.state()
+    if config.objective.kind == "masked_diffusion":
+        raise UserError(
+            f"{checkpoint.path} was trained with objective.kind = 'masked_diffusion', in which tokens also see those "
+            "behind them; neither format can say so, and whatever opens the folder would compute from left to right: "
+            "use the checkpoint itself (titan-yulan generate, eval, phase.start_from)"
+        )
     phase = next(phase for phase in config.phases if phase.name == state.phase)
     model = replace(
         config.model,

@@ -91,6 +91,12 @@ class Checkpoint:
         except (OSError, ValueError, TypeError) as error:
             raise RunError(f"{self.path / STATE} cannot be read ({error})") from error
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the link `best` leads to it."""
+        link = self.path.parent / BEST
+        return link.is_symlink() and str(link.readlink()) == self.path.name
+
 
 def _parse_manifest(text: str) -> dict[str, dict]:
     """The table of files in a manifest; one without a hash of its table was written by an older version.
@@ -301,7 +307,7 @@ def point_at_best(folder: Path, best: Checkpoint | None) -> None:
     link = folder / BEST
     if best is None:
         link.unlink(missing_ok=True)
-    elif not link.is_symlink() or str(link.readlink()) != best.path.name:
+    elif not best.is_best:
         temporary = folder / f"{BEST}.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(best.path.name)

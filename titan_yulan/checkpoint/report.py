@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan_yulan.checkpoint.layout import (
-    BEST,
     MANIFEST,
     STATE,
     Checkpoint,
@@ -43,7 +42,8 @@ def list_checkpoints(folder: Path) -> list[str]:
             lines.append(f"{checkpoint.step:>10} damaged: {error}")
             continue
         finished = " (end of phase)" if state.phase_finished else ""
-        lines.append(f"{state.step:>10} {state.token:>16,} {size:>8.3f}  {state.phase}{finished}")
+        best = " (lowest validation loss)" if checkpoint.is_best else ""
+        lines.append(f"{state.step:>10} {state.token:>16,} {size:>8.3f}  {state.phase}{finished}{best}")
     return lines
 
 
@@ -62,7 +62,8 @@ def verify_checkpoints(folder: Path) -> tuple[list[str], bool]:
 
 
 def prune_checkpoints(folder: Path, keep: int, delete: bool) -> list[str]:
-    """Delete all but the newest `keep` sound checkpoints, the ends of phases and what is damaged; a line for each.
+    """Delete all but the newest `keep` sound checkpoints, the ends of phases, the best one and what is damaged; a line
+    for each.
 
     Every byte of the newest ones is verified first, so that what stays can be loaded.
 
@@ -85,6 +86,8 @@ def prune_checkpoints(folder: Path, keep: int, delete: bool) -> list[str]:
             lines.append(f"{checkpoint.path}: kept, sound")
         elif checkpoint.state().phase_finished:
             lines.append(f"{checkpoint.path}: kept, end of phase {checkpoint.state().phase!r}")
+        elif checkpoint.is_best:
+            lines.append(f"{checkpoint.path}: kept, lowest validation loss")
         else:
             lines.append(f"{checkpoint.path}: {'deleted' if delete else 'would be deleted'}")
             if delete:

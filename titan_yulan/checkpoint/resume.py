@@ -27,6 +27,7 @@ _FREE = (
     "run.name",
     "run.output_dir",
     "run.time_limit",
+    "run.kill_switch",
     "tokenizer.path",
     "tokenizer.train_vocab_size",
     "data.prefetch",

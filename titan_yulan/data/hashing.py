@@ -15,7 +15,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _M1 = np.uint64(0xBF58476D1CE4E5B9)
 _M2 = np.uint64(0x94D049BB133111EB)
 _POSITION = np.uint64(0xD6E8FEB86659FD93)
-_CACHED_VALUES = 2**14  # that `fingerprint` works on at a time, so that they stay in the processor's cache
+_CACHED_VALUES = 2**15  # that `fingerprint` works on at a time, so that they stay in the processor's cache
 
 
 def key(*parts: int | str) -> int:
@@ -56,19 +56,21 @@ def fingerprint(tokens: np.ndarray) -> np.ndarray:
     places = (np.arange(length, dtype=np.uint64) + np.uint64(1)) * _POSITION + _GOLDEN
     sums = np.empty(len(rows), np.uint64)
     together = max(1, _CACHED_VALUES // max(1, length))
+    space = np.empty((2, min(together, len(rows)), length), np.uint64)
     for first in range(0, len(rows), together):
-        values = rows[first : first + together] * _GOLDEN
+        part = rows[first : first + together]
+        values, other = space[:, : len(part)]
+        np.multiply(part, _GOLDEN, out=values)
         values += places
-        _mix_in_place(values).sum(axis=-1, dtype=np.uint64, out=sums[first : first + together])
+        _mix_in_place(values, other)
+        values.sum(axis=-1, dtype=np.uint64, out=sums[first : first + together])
     return mix(sums).reshape(tokens.shape[:-1])
 
 
-def _mix_in_place(values: np.ndarray) -> np.ndarray:
-    """`mix`, with one array for all that is in between."""
-    space = values >> np.uint64(30)
-    values ^= space
+def _mix_in_place(values: np.ndarray, space: np.ndarray) -> None:
+    """`mix`; `space` is for what is in between."""
+    values ^= np.right_shift(values, np.uint64(30), out=space)
     values *= _M1
     values ^= np.right_shift(values, np.uint64(27), out=space)
     values *= _M2
     values ^= np.right_shift(values, np.uint64(31), out=space)
-    return values

@@ -1,7 +1,7 @@
 """Forward passes in which all tokens of a row see one another, as masked diffusion trains them.
 
-Rows of a batch are filled up to one length at their ends, with tokens that no token of a text sees: what a row gives does
-not depend on the rows beside it.
+Rows of a batch are filled up to one length at their ends, with tokens that no token of a text sees: what a row gives
+does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def see_all(
 
 
 def logits_of(decoder: Decoder, hidden: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """Logits (some places, vocabulary), in float32 or wider, of hidden states (places, hidden), chunk after chunk; to be
-    called in a forward pass, with the weight that its `head` gets."""
+    """Logits (some places, vocabulary), in float32 or wider, of hidden states (places, hidden), chunk after chunk; to
+    be called in a forward pass, with the weight that its `head` gets."""
     chunk = max(1, _CHUNK_ELEMENTS[hidden.device.type] // decoder.config.vocab_size)
     for part in hidden.split(chunk):
         logits = decoder.model.sharding.gather_vocabulary(functional.linear(part, weight))

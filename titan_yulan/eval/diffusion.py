@@ -40,8 +40,8 @@ def diffusion_of(model: TrainedModel, likelihood: str | None = None, samples: in
         if likelihood is not None or samples is not None:
             name = "--samples" if likelihood is None else "--likelihood"
             raise UserError(
-                f"{name} is for models of objective.kind = 'masked_diffusion'; this one predicts the next token, and its "
-                "likelihoods are exact: leave it out"
+                f"{name} is for models of objective.kind = 'masked_diffusion'; this one predicts the next token, and "
+                "its likelihoods are exact: leave it out"
             )
         return None
     return Diffusion(

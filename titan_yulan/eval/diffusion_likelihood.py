@@ -214,9 +214,7 @@ class DiffusionLikelihoods(Likelihoods):
 
         found = see_all(self.decoder, texts, self.device, head)[0].cpu()
         parts = found.split([int(row.asked.sum()) for row in rows])
-        return {
-            number: row.weight * float(part.sum()) for number, row, part in zip(numbers, rows, parts, strict=True)
-        }
+        return {number: row.weight * float(part.sum()) for number, row, part in zip(numbers, rows, parts, strict=True)}
 
 
 def _left_to_right(number: int, span: Span) -> list[_Row]:

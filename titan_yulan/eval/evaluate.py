@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,10 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.answers import grade
 from titan_yulan.eval.check import check_works
+from titan_yulan.eval.diffusion import Diffusion
+from titan_yulan.eval.diffusion_likelihood import DiffusionLikelihoods
 from titan_yulan.eval.find_work import Work
+from titan_yulan.eval.held_out_bound import HeldOut, held_out_bounds
 from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair
 from titan_yulan.eval.metrics import Numbers, choice_numbers, cloze_numbers, means, text_numbers
 from titan_yulan.eval.requests import Answer, Choice, Cloze, Code, Generation, Text, shortened
@@ -65,6 +68,7 @@ class Evaluator:
         max_new_tokens: int | None = None,
         execute_code: bool = False,
         device: torch.device | None = None,
+        diffusion: Diffusion | None = None,
     ) -> None:
         """
         Args:
@@ -77,12 +81,16 @@ class Evaluator:
             max_new_tokens: lowers what requests may write; None: as they say.
             execute_code: run what the model writes, in the sandbox.
             device: that it computes on; None: that of its weights.
+            diffusion: how a model of masked diffusion is evaluated; None: the model predicts the next token.
         """
         self.tokenizer, self.context, self._progress = tokenizer, context, progress
         self.share = share or Share()
         self.max_new_tokens, self.execute_code = max_new_tokens, execute_code
-        self._likelihoods = Likelihoods(decoder, context, batch_tokens, self.share, device)
-        self._write = Writer(decoder, tokenizer, context, batch_tokens, self.share, device)
+        self._diffusion = diffusion
+        parts = decoder, context, batch_tokens, self.share, device
+        self._likelihoods = DiffusionLikelihoods(*parts, diffusion=diffusion) if diffusion else Likelihoods(*parts)
+        mask_token_id = diffusion.mask_token_id if diffusion else None
+        self._write = Writer(decoder, tokenizer, context, batch_tokens, self.share, device, mask_token_id)
 
     def check(self, works: Sequence[Work]) -> None:
         """`check_works` for this model and what was asked for."""
@@ -143,6 +151,8 @@ class Evaluator:
         return cloze_numbers(items, found), sum(value.cut for value in found)
 
     def _text(self, work: Work) -> tuple[Numbers, int]:
+        if work.held_out is not None:
+            return self._bound(work, work.held_out), 0
         items = cast(list[Text], work.items)
         texts = [item.ids or tuple(self.tokenizer.encode(item.text)) for item in items]
         for item, ids in zip(items, texts, strict=True):
@@ -163,6 +173,22 @@ class Evaluator:
         logprobs = [math.fsum(value.logprob for value in part) for part in found]
         tokens = [sum(value.tokens for value in part) for part in found]
         return text_numbers([item.id for item in items], logprobs, tokens, sizes), 0
+
+    def _bound(self, work: Work, held_out: HeldOut) -> Numbers:
+        length = held_out.rows.sequence_length
+        if self._diffusion is None:
+            raise UserError(
+                f"{work.task.name} is read in rows, as masked diffusion is validated; this model predicts the next "
+                "token: name files of text instead"
+            )
+        if self.context < length:
+            raise UserError(f"{work.task.name} is read in rows of {length} tokens; leave --context out, or raise it")
+        parts = held_out, self._diffusion, self.tokenizer, self._likelihoods.batch_tokens
+        found = held_out_bounds(
+            self._likelihoods.decoder, *parts, self.share, self._likelihoods.device, self._tell(work)
+        )
+        losses, tokens, sizes = zip(*found, strict=True)
+        return text_numbers([cast(Text, item).id for item in work.items], [-loss for loss in losses], tokens, sizes)
 
     def _answer(self, work: Work) -> tuple[Numbers, int]:
         items = cast(list[Answer], work.items)
@@ -204,7 +230,15 @@ class Evaluator:
         return self._write(shortened(items, self.max_new_tokens), self._tell(work))
 
     def _look_up(self, work: Work, spans: Sequence[Span]) -> list[Likelihood]:
-        return self._likelihoods(spans, self._tell(work))
+        likelihoods, tell = self._likelihoods, self._tell(work)
+        if not isinstance(likelihoods, DiffusionLikelihoods):
+            return likelihoods(spans, tell)
+        # of a text, left to right would take a forward pass for every token
+        found = likelihoods(spans, tell, "bound" if work.task.kind == "text" else None)
+        if work.task.kind != "cloze":
+            return found
+        written = likelihoods.written(spans, self.tokenizer, tell)
+        return [replace(value, greedy=right) for value, right in zip(found, written, strict=True)]
 
     def _tell(self, work: Work) -> Callable[[int, int], None]:
         return lambda done, total: self._progress(work.task.name, done, total)

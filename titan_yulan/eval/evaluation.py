@@ -15,6 +15,7 @@ from titan_yulan import config as configuration
 from titan_yulan.checkpoint.layout import CONFIG, Checkpoint, find_checkpoints
 from titan_yulan.data.report import Say, say_now
 from titan_yulan.errors import UserError
+from titan_yulan.eval.diffusion import diffusion_of
 from titan_yulan.eval.evaluate import Evaluator
 from titan_yulan.eval.find_work import Work, find_work
 from titan_yulan.eval.finished import Finished
@@ -34,6 +35,7 @@ class Settings:
     context: tokens of a row; None: as many as the model was trained with.
     batch_tokens, max_new_tokens, execute_code: as in `eval.evaluate.Evaluator`.
     precision: float32 or bfloat16; None: the model's own.
+    likelihood, samples: of masked diffusion, as in `eval.diffusion.Diffusion`; None: the defaults.
     """
 
     tasks: tuple[str, ...]
@@ -46,9 +48,11 @@ class Settings:
     execute_code: bool = False
     device: str | None = None
     precision: str | None = None
+    likelihood: str | None = None
+    samples: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "context", "batch_tokens", "max_new_tokens"):
+        for name in ("limit", "context", "batch_tokens", "max_new_tokens", "samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
@@ -111,6 +115,7 @@ def _evaluate(
 ) -> Report:
     place = open_device(settings.device)
     model = open_model(run)
+    diffusion = diffusion_of(model, settings.likelihood, settings.samples)
     context = model.context if settings.context is None else settings.context
     if context > model.longest:
         raise UserError(f"--context {context}: the model of {run} takes at most {model.longest} tokens; lower it")
@@ -125,9 +130,12 @@ def _evaluate(
         ranks.progress,
         settings.max_new_tokens,
         settings.execute_code,
+        diffusion=diffusion,
     )
     evaluator.check(works)
     facts = {"precision": precision, "context": context, "device": str(place), "limit": settings.limit}
+    if diffusion is not None:
+        facts |= {"likelihood": diffusion.likelihood, "samples": diffusion.samples}
     # the same on all ranks, whichever GPU is theirs
     how = {"device": place.type, "batch_tokens": settings.batch_tokens, "max_new_tokens": settings.max_new_tokens}
     results = []

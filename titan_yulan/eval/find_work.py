@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from titan_yulan.data.documents import find_inputs, read_documents
 from titan_yulan.data.rows import BadRow
 from titan_yulan.data.source import Source
 from titan_yulan.errors import UserError
+from titan_yulan.eval.held_out_bound import HeldOut
 from titan_yulan.eval.package_requests import package_files, package_folder, package_requests
 from titan_yulan.eval.requests import Item, Text, kind_of, read_requests
 from titan_yulan.eval.tasks import HELD_OUT, METRICS, TASKS, Task
+from titan_yulan.eval.validation import HeldOutRows, held_out_tape
 
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -30,12 +32,14 @@ class Work:
 
     data: SHA-256 over the files that they were read from.
     tokenizer: fingerprint of the tokenizer that made their ids; None: they are text.
+    held_out: of masked diffusion, the rows that the items stand for.
     """
 
     task: Task
     items: list[Item]
     data: str
     tokenizer: str | None = None
+    held_out: HeldOut | None = None
 
 
 def find_work(names: Sequence[str], run: Path, folder: Path | None = None, limit: int | None = None) -> list[Work]:
@@ -124,10 +128,24 @@ def _held_out(run: Path, limit: int | None) -> list[Work]:
         if section.validation_path:
             source = Source.open(Path(section.validation_path))
             task = Task(f"{HELD_OUT}/{name}", "text", METRICS["text"], f"the held-out part of {name}")
-            works.append(Work(task, documents(source, limit), source.fingerprint, source.tokenizer_fingerprint))
+            work = Work(task, [], source.fingerprint, source.tokenizer_fingerprint)
+            if config.objective.kind == "masked_diffusion":
+                works.append(_rows(work, section.validation_path, config.phases[0].sequence_length, limit))
+            else:
+                works.append(replace(work, items=documents(source, limit)))
     if not works:
         raise UserError(f"--tasks: no source of {run} has a held-out part ([data.sources.NAME] validation_path)")
     return works
+
+
+def _rows(work: Work, path: str, length: int, limit: int | None) -> Work:
+    """The work in rows of so many tokens, those of validation in training first."""
+    tape = held_out_tape(path)
+    rows = HeldOutRows({0: tape}, tape.length if limit is None else limit, length)
+    if not rows.batch_rows:
+        raise UserError(f"{work.task.name}: it is shorter than a row of {length} tokens; leave held_out out")
+    items: list[Item] = [Text(f"row {number}", "") for number in range(rows.batch_rows)]
+    return replace(work, items=items, held_out=HeldOut(tape, rows))
 
 
 def documents(source: Source, limit: int | None) -> list[Item]:

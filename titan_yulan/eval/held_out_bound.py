@@ -1,5 +1,5 @@
-"""The bound on the loss of held-out parts under a model of masked diffusion, as validation measures it in training, over
-as many rows and samples as are asked for."""
+"""The bound on the loss of held-out parts under a model of masked diffusion, as validation measures it in training,
+over as many rows and samples as are asked for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from titan_yulan.data.loader import read_rows
 from titan_yulan.data.tape import Tape
+from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.eval.diffusion import Diffusion
 from titan_yulan.eval.share import Share
 from titan_yulan.eval.validation import HeldOutRows
@@ -32,12 +33,14 @@ def held_out_bounds(
     decoder: Decoder,
     held_out: HeldOut,
     diffusion: Diffusion,
+    tokenizer: Tokenizer,
     batch_tokens: int,
     share: Share,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[tuple[float, float]]:
-    """Of each row, on all ranks: bound of the cross-entropy's sum, and number of tokens.
+) -> list[tuple[float, int, int]]:
+    """Of each row, on all ranks: bound of the cross-entropy's sum; the tokens that count, ends of text among them; and
+    the UTF-8 bytes of the text that they are.
 
     Args:
         decoder: whole, in the types that it computes in.
@@ -48,20 +51,29 @@ def held_out_bounds(
     numbers = np.arange(rows.batch_rows)
     section = replace(diffusion.section, validation_samples=diffusion.samples)
 
-    def work(part: np.ndarray) -> dict[int, tuple[float, float]]:
+    def work(part: np.ndarray) -> dict[int, tuple[float, int, int]]:
         nonlocal done
         objective = MaskedDiffusion(section, len(part), mask_token_id=diffusion.mask_token_id)
         batch = read_rows(rows, {0: held_out.tape}, part, len(part)).to(device)
         batch = replace(batch, source=torch.arange(len(part), device=device))  # the objective sums by source
-        sums = torch.zeros(2, len(part), dtype=torch.float64, device=device)
+        losses = torch.zeros(len(part), dtype=torch.float64, device=device)
         for sample in range(diffusion.samples):
-            loss = forward(decoder, objective, objective.validation_inputs(batch, sample))
-            sums += torch.stack([loss.cross_entropy, loss.tokens])
+            losses += forward(decoder, objective, objective.validation_inputs(batch, sample)).cross_entropy
         done += len(part) * share.size
         progress(min(done, len(numbers)), len(numbers))
-        found = (sums / diffusion.samples).t().tolist()
-        return {int(number): (loss, tokens) for number, (loss, tokens) in zip(part, found, strict=True)}
+        texts = [
+            ids[counts].tolist() for ids, counts in zip(batch.tokens[:, :-1], batch.loss_mask[:, :-1], strict=True)
+        ]
+        return {
+            int(number): (loss / diffusion.samples, len(ids), _size(tokenizer, ids))
+            for number, loss, ids in zip(part, losses.tolist(), texts, strict=True)
+        }
 
     size = max(1, batch_tokens // rows.sequence_length)
     found = share.run([numbers[i : i + size] for i in range(0, len(numbers), size)], work)
     return [found[number] for number in range(len(numbers))]
+
+
+def _size(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """Bytes of a text besides its ends."""
+    return len(tokenizer.decode([token for token in ids if token != tokenizer.eos_id]).encode())

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from titan_yulan.config.sections import EvalSection
+from titan_yulan.config.sections import EvalSection, ObjectiveSection
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import UserError
 from titan_yulan.eval.check import check_works
+from titan_yulan.eval.diffusion import Diffusion
 from titan_yulan.eval.evaluate import Evaluator, Result
 from titan_yulan.eval.find_work import find_work
 from titan_yulan.eval.share import Share
@@ -23,10 +24,18 @@ from titan_yulan.parallel.process import World
 class TaskEvaluation:
     """The requests, read once. No random state is touched, and the model is only read."""
 
-    def __init__(self, section: EvalSection, tokenizer: Tokenizer, context: int) -> None:
+    def __init__(
+        self,
+        section: EvalSection,
+        tokenizer: Tokenizer,
+        context: int,
+        objective: ObjectiveSection | None = None,
+        mask_token_id: int | None = None,
+    ) -> None:
         """
         Args:
             context: tokens of a row, at most, in all phases alike, so that their numbers can be compared.
+            objective, mask_token_id: of masked diffusion; None: the next token is predicted.
 
         Raises:
             UserError: a task is unknown, has no requests, or cannot be run (`check_works`).
@@ -37,6 +46,9 @@ class TaskEvaluation:
         self._works = find_work(section.tasks, Path(), folder, section.task_limit)
         check_works(self._works, tokenizer, context, section.task_new_tokens, section.execute_programs)
         self._section, self._tokenizer, self._context = section, tokenizer, context
+        self._diffusion = None
+        if objective is not None and mask_token_id is not None:
+            self._diffusion = Diffusion(objective, mask_token_id, section.likelihood, section.likelihood_samples)
 
     @torch.no_grad()
     def __call__(
@@ -59,5 +71,6 @@ class TaskEvaluation:
             max_new_tokens=self._section.task_new_tokens,
             execute_code=self._section.execute_programs,
             device=world.device,
+            diffusion=self._diffusion,
         )
         return [evaluator(work) for work in self._works]

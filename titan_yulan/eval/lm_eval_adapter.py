@@ -56,7 +56,7 @@ class TitanYulan(LM):
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the likeliest) for each (context, continuation)."""
         found = self._likelihoods([encode_pair(self.tokenizer, *request.args) for request in requests])
-        return [(value.logprob, bool(value.greedy)) for value in found]
+        return [(value.logprob, value.greedy is True) for value in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Log-likelihood of each whole text; that of a text without a token is 0, as in lm-eval's own hf model."""

@@ -62,14 +62,10 @@ def choice_numbers(
     return Numbers({**numbers.metrics, "bits_per_byte": bits_per_byte(sum(gold), size)}, numbers.errors, rows)
 
 
-def cloze_numbers(items: Sequence[Cloze], found: Sequence[Likelihood], written: Sequence[bool]) -> Numbers:
-    """
-    Args:
-        written: whether the model itself would write each continuation.
-    """
+def cloze_numbers(items: Sequence[Cloze], found: Sequence[Likelihood]) -> Numbers:
     rows = [
-        {"id": item.id, "logprob": value.logprob, "tokens": value.tokens, "accuracy": float(right)}
-        for item, value, right in zip(items, found, written, strict=True)
+        {"id": item.id, "logprob": value.logprob, "tokens": value.tokens, "accuracy": float(value.greedy is True)}
+        for item, value in zip(items, found, strict=True)
     ]
     total = math.fsum(value.logprob for value in found)
     numbers = means(rows, ["accuracy"])

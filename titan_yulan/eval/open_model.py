@@ -30,8 +30,8 @@ class TrainedModel:
     precision: float32 or bfloat16, in which the matrices are meant to be used.
     context: tokens of the rows that it was trained with; longest: the most that it takes.
     objective: what it was trained for; of a Hugging Face folder to predict the next token.
-    mask_token_id: what stands for a hidden token in masked diffusion, where tokens also see those behind them; None: the
-        model predicts the next token.
+    mask_token_id: what stands for a hidden token in masked diffusion, where tokens also see those behind them; None:
+        the model predicts the next token.
     """
 
     decoder: Decoder

@@ -67,8 +67,8 @@ def unmask_ids(
             each.
         new_tokens: places that are hidden at first; one number for all, or one for each.
         vocab_size: ids from here on, the mask token among them, are never written, and count in no probability.
-        goes_on: called with (row, its new ids up to there) for each token before which none is hidden any more, in order;
-            whether the row is to be continued.
+        goes_on: called with (row, its new ids up to there) for each token before which none is hidden any more, in
+            order; whether the row is to be continued.
         placed: called with (row, place from 0, token) for each token, when it is written; whether the row is to be
             continued.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor
 
 from titan_yulan.data.loader import Tapes, read_rows
 from titan_yulan.data.partition import micro_batches, rank_rows
+from titan_yulan.data.source import Source
 from titan_yulan.data.tape import Tape
 from titan_yulan.model import Decoder
 from titan_yulan.objective.forward import forward
 from titan_yulan.objective.objective import Objective
 from titan_yulan.parallel.mesh import Mesh
+
+
+def held_out_tape(path: str) -> Tape:
+    """A held-out part; shuffled, or the first rows of one sorted by perplexity would be its easiest documents."""
+    return Tape(Source.open(Path(path)), seed=0, shuffle=True)
 
 
 class HeldOutRows:

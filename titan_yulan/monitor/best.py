@@ -1,4 +1,7 @@
-"""Which checkpoint of a run has the lowest validation loss: from `validation.jsonl` and the checkpoints that are there."""
+"""Which checkpoint of a run has the lowest validation loss.
+
+Known from `validation.jsonl` and the checkpoints that are there, never from memory: so a restart knows it too.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from titan_yulan.checkpoint.layout import best_checkpoint, find_checkpoints, poi
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Tokens, amount
 from titan_yulan.monitor.metrics import read_lines
+from titan_yulan.parallel.process import World
 
 
 def mean_validation_loss(losses: dict[str, float], mix: dict[str, float | Tokens]) -> float:
@@ -32,16 +36,6 @@ def mean_validation_losses(folder: Path, config: RunConfig) -> dict[int, float]:
     }
 
 
-def is_best(folder: Path, config: RunConfig, step: int, first: int) -> bool:
-    """Whether the validation after `step` is recorded, and lower than all before it.
-
-    Args:
-        first: the step that the run began with, whose validation is of no trained model.
-    """
-    losses = mean_validation_losses(folder, config)
-    return step in losses and all(losses[step] < loss for other, loss in losses.items() if first < other < step)
-
-
 def show_best(folder: Path, config: RunConfig) -> None:
     """Let the link `best` be what the files of a run folder say, if the configuration asks for one: a kill may have
     come between a checkpoint and its link."""
@@ -49,3 +43,38 @@ def show_best(folder: Path, config: RunConfig) -> None:
     if config.checkpoint.keep_best and (found := find_checkpoints(checkpoints)):
         losses = mean_validation_losses(folder, config)
         point_at_best(checkpoints, best_checkpoint(checkpoints, losses, found[-1].step))
+
+
+class KeepBest:
+    """What `[checkpoint] keep_best` asks of a run; exists on every rank, and the main one decides."""
+
+    def __init__(self, config: RunConfig, folder: Path, world: World, first: int) -> None:
+        """
+        Args:
+            folder: the run folder.
+            first: the step that the run began with, whose validation is of no model that it trained.
+        """
+        self._config, self._folder, self._world, self._first = config, folder, world, first
+        self._validated = -1
+
+    def validated(self, step: int) -> None:
+        """Note that the validation after `step` is done and recorded."""
+        self._validated = step
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` because it was validated just now with the lowest loss so far; asked on all
+        ranks alike."""
+        if not self._config.checkpoint.keep_best or self._validated != step:
+            return False
+        return bool(self._world.agree(int(self._world.is_main and self._is_best(step))))
+
+    def _is_best(self, step: int) -> bool:
+        losses = mean_validation_losses(self._folder, self._config)
+        before = [loss for other, loss in losses.items() if self._first < other < step]
+        return step in losses and all(losses[step] < loss for loss in before)
+
+    def losses(self) -> dict[int, float] | None:
+        """What `checkpoint.layout.prune` keeps the best one by; None: it keeps none for that."""
+        if not self._config.checkpoint.keep_best or not self._world.is_main:
+            return None
+        return mean_validation_losses(self._folder, self._config)

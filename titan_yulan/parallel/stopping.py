@@ -28,6 +28,7 @@ class StopRequests:
         started: seconds since the epoch; None: when the launcher started, or now if there was none. A restart by
             torchrun does not begin the time anew.
         clock: seconds since the epoch, now.
+        kill_switch: another file that is a request, and refuses the next start; None: there is none.
     """
 
     def __init__(
@@ -36,8 +37,12 @@ class StopRequests:
         time_limit: float | None,
         started: float | None = None,
         clock: Callable[[], float] = time.time,
+        kill_switch: Path | None = None,
     ) -> None:
-        self._file, self._time_limit, self._clock = folder / STOP_FILE, time_limit, clock
+        self._files = {folder / STOP_FILE: f"file {folder / STOP_FILE}"}
+        if kill_switch is not None:
+            self._files[kill_switch] = f"kill switch {kill_switch}, to be removed before the next start"
+        self._time_limit, self._clock = time_limit, clock
         self._started = float(os.environ.get(STARTED_VARIABLE, clock())) if started is None else started
         self._looked = float("-inf")
         self._reason = ""
@@ -63,8 +68,7 @@ class StopRequests:
                 self._reason = f"time limit of {self._time_limit:g} hours"
             elif not 0 <= now - self._looked < _LOOK_SECONDS:  # also after the clock was set back
                 self._looked = now
-                if self._file.exists():
-                    self._reason = f"file {self._file}"
+                self._reason = next((reason for file, reason in self._files.items() if file.exists()), "")
         return self._reason
 
     def agreed(self, world: World) -> str:

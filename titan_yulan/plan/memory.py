@@ -341,8 +341,8 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def disk_forecast(config: RunConfig, plan: Plan) -> tuple[int, int]:
-    """(number of checkpoints on disk at the worst moment, their bytes): the ends of phases, the newest `keep`, and
-    the one being written."""
-    phases = len(plan.phases) - config.first_phase
-    most = phases + (config.checkpoint.keep if config.checkpoint.every else 0) + 1
+    """(number of checkpoints on disk at the worst moment, their bytes): the ends of phases, the newest `keep`, the
+    best one, and the one being written."""
+    phases, section = len(plan.phases) - config.first_phase, config.checkpoint
+    most = phases + (section.keep if section.every or section.keep_best else 0) + section.keep_best + 1
     return most, most * checkpoint_bytes(config)

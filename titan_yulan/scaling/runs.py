@@ -11,8 +11,9 @@ from pathlib import Path
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint.layout import newest_readable
 from titan_yulan.config.model import count_parameters
-from titan_yulan.config.values import Tokens, amount
+from titan_yulan.config.values import Tokens
 from titan_yulan.errors import UserError
+from titan_yulan.monitor.best import mean_validation_loss
 from titan_yulan.monitor.metrics import read_lines
 
 COLUMNS = ("parameters", "tokens", "unique_tokens", "loss")
@@ -111,14 +112,9 @@ def read_run(folder: Path, best: bool = False) -> Run:
         raise UserError(f"{folder} has no {missing}; leave it out, or let it finish")
     config = configuration.load(checkpoint.path / "config.toml").config
     mix = config.phases[-1].mix
-    losses = [_mean(line["validation_loss"], mix) for line in lines]
+    losses = [mean_validation_loss(line["validation_loss"], mix) for line in lines]
     chosen = min(range(len(lines)), key=lambda i: (losses[i], i)) if best else len(lines) - 1
     read = checkpoint.state().ledger.values()
     unique = sum(entry["tokens"] / max(1.0, entry["epochs"] or 1.0) for entry in read)
     tokens = float(lines[chosen]["tokens"])
     return Run(folder.name, count_parameters(config.model), tokens, min(tokens, unique), losses[chosen])
-
-
-def _mean(losses: dict[str, float], mix: dict[str, float | Tokens]) -> float:
-    weights = {name: amount(mix[name]) for name in losses if name in mix} or dict.fromkeys(losses, 1.0)
-    return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())

@@ -36,6 +36,14 @@ def _eval_verb(verbs: Any) -> None:
     evaluate.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens computed at a time")
     evaluate.add_argument("--max-new-tokens", type=int, metavar="N", help="write at most so many, whatever is asked")
     evaluate.add_argument("--execute-code", action="store_true", help="run the programs that the model writes")
+    evaluate.add_argument(
+        "--likelihood",
+        choices=("left-to-right", "bound"),
+        help="of answers, under masked diffusion (default: left-to-right, which has no noise)",
+    )
+    evaluate.add_argument(
+        "--samples", type=int, metavar="N", help="masked diffusion: passes for a bound, of texts too (default: 32)"
+    )
     evaluate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     evaluate.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's own")
 
@@ -58,6 +66,12 @@ def _generate_verb(verbs: Any) -> None:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--context", type=int, metavar="N", help="tokens of prompt and text (default: as trained)")
     generate.add_argument("--batch-tokens", type=int, default=16384, metavar="N", help="tokens computed at a time")
+    generate.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="masked diffusion: forward passes of a text (default: one a token)",
+    )
     generate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     generate.add_argument("--precision", choices=("float32", "bfloat16"), help="default: the model's own")
 
@@ -76,6 +90,8 @@ def _eval(options: argparse.Namespace) -> None:
         execute_code=options.execute_code,
         device=options.device,
         precision=options.precision,
+        likelihood=options.likelihood.replace("-", "_") if options.likelihood else None,
+        samples=options.samples,
     )
     if options.against and not options.series:
         raise UserError("--against goes with --series")
@@ -94,6 +110,7 @@ def _generate(options: argparse.Namespace) -> None:
         new_tokens=options.new_tokens,
         context=options.context,
         batch_tokens=options.batch_tokens,
+        steps=options.steps,
         device=options.device,
         precision=options.precision,
     )
