@@ -5,8 +5,8 @@
 The trainer's decoder and optimizer at widths from 64 to 1,024, otherwise alike: 4 blocks, heads of 32, two query heads
 to a key head, an MLP 2.5 times as wide, tied embeddings. All steps read one batch of made-up tokens (frequency as
 1 / rank), at a constant learning rate. A point's change is the root mean square, over tokens and features, of its
-value after the steps minus that at the start; its exponent is the slope of log(change) over log(width). It is 0 where one
-learning rate moves every width alike, which is what muP is for. Of blocks, the last one is looked at.
+value after the steps minus that at the start; its exponent is the slope of log(change) over log(width). It is 0 where
+one learning rate moves every width alike, which is what muP is for. Of blocks, the last one is looked at.
 
 Recipes; m is width / 64, eta the learning rate, s = 0.02:
 

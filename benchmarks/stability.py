@@ -10,8 +10,8 @@ Losses and gradient norms are those of metrics.jsonl, the rest those of statisti
     none           matrices at eta, standard deviation 0.02, of o and down 0.02 / sqrt(2 layers)
     QK LayerNorm   a LayerNorm per head on queries and keys
     WeSaR          trained scalars on all matrices; without muP they start at 1, of o and down at 1 / sqrt(2 layers)
-    muP            YuLan-Mini's column of its table (arXiv 2412.17743, table 3), from width 32: matrices learn at eta / 4
-                   and start with a quarter of the variance; embedding times 10, residual times 1.4 / sqrt(layers)
+    muP            the column of YuLan-Mini (arXiv 2412.17743, table 3), from width 32: matrices learn at eta / 4 and
+                   start with a quarter of the variance; embedding times 10, residual times 1.4 / sqrt(layers)
 
 One eta is not one learning rate: muP's matrices learn at a quarter of it. So the rates are a factor of 4 apart, and a
 run without muP is to be compared with those of muP at the same eta, and at four times as much.

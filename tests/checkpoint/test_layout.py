@@ -273,6 +273,65 @@ def test_prune_keeps_the_newest_and_every_end_of_a_phase(tmp_path: Path) -> None
     assert layout.prune(tmp_path, 3, 8) == []
 
 
+def test_prune_keeps_the_best_and_the_link_follows_it(tmp_path: Path) -> None:
+    losses = {0: 1.0, 1: 3.0, 2: 2.0, 4: 2.5, 5: 2.0, 7: 1.5, 9: 0.5}
+    kept = []
+    for step in range(1, 9):
+        make_checkpoint(tmp_path, step)
+        layout.prune(tmp_path, 1, step, losses)
+        kept.append((steps(tmp_path), layout.open_checkpoint(tmp_path / "best").step))
+    # of equal losses the first; 0 and 9 have no checkpoint, 3, 6 and 8 no loss
+    of_each = [([1], 1), ([2], 2), ([2, 3], 2), ([2, 4], 2), ([2, 5], 2), ([2, 6], 2), ([7], 7), ([7, 8], 7)]
+    assert kept == of_each
+    assert (tmp_path / "best").readlink() == Path("step-00000007")
+    assert [checkpoint.is_best for checkpoint in layout.find_checkpoints(tmp_path)] == [True, False]
+
+
+def test_a_best_one_that_is_gone_or_damaged_is_followed_by_the_next(tmp_path: Path) -> None:
+    losses = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
+    layout.remove(made[0].path)
+    (made[1].path / "state.json").write_text("{")
+    layout.prune(tmp_path, 3, 3, losses)
+    assert layout.open_checkpoint(tmp_path / "best") == made[2]
+    make_checkpoint(tmp_path, 4)
+    layout.prune(tmp_path, 1, 4, losses)
+    assert steps(tmp_path) == [2, 3, 4]  # damaged: left for inspection; best; newest
+
+
+def test_nothing_is_deleted_before_the_link_leads_to_the_new_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    losses = {1: 2.0, 2: 1.0}
+    first = make_checkpoint(tmp_path, 1)
+    layout.prune(tmp_path, 1, 1, losses)
+    second = make_checkpoint(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            layout.prune(tmp_path, 1, 2, losses)
+    assert layout.open_checkpoint(tmp_path / "best") == first
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "remove", crash)
+        with pytest.raises(KeyboardInterrupt):
+            layout.prune(tmp_path, 1, 2, losses)
+    assert layout.open_checkpoint(tmp_path / "best") == second and steps(tmp_path) == [1, 2]
+    layout.prune(tmp_path, 1, 2, losses)
+    assert steps(tmp_path) == [2]
+
+
+def test_without_a_best_one_there_is_no_link(tmp_path: Path) -> None:
+    for step in (1, 2):
+        make_checkpoint(tmp_path, step)
+    layout.prune(tmp_path, 2, 2, {1: 1.0})
+    assert (tmp_path / "best").is_symlink()
+    layout.prune(tmp_path, 1, 2)
+    assert not (tmp_path / "best").is_symlink() and steps(tmp_path) == [2]
+
+
 def test_prune_leaves_what_it_cannot_read(tmp_path: Path) -> None:
     made = [make_checkpoint(tmp_path, step) for step in (1, 2, 3)]
     (made[0].path / "state.json").write_text("{")

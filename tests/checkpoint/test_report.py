@@ -8,7 +8,7 @@ import pytest
 
 from tests.checkpoint.making import make_checkpoint
 from titan_yulan import cli
-from titan_yulan.checkpoint.layout import find_checkpoints
+from titan_yulan.checkpoint.layout import find_checkpoints, point_at_best
 from titan_yulan.checkpoint.report import list_checkpoints, prune_checkpoints, verify_checkpoints
 from titan_yulan.errors import RunError
 
@@ -46,6 +46,17 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path: Path) -> None:
 
 def steps(folder: Path) -> list[int]:
     return [checkpoint.step for checkpoint in find_checkpoints(folder / "checkpoints")]
+
+
+def test_the_best_one_is_named_and_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    made = [make_checkpoint(folder, step) for step in (1, 2, 3)]
+    point_at_best(folder, made[1])
+    assert [line.endswith("a (lowest validation loss)") for line in list_checkpoints(tmp_path)[1:]] == [0, 1, 0]
+    lines = prune_checkpoints(tmp_path, 1, delete=True)
+    assert steps(tmp_path) == [2, 3] and lines[1].endswith("kept, lowest validation loss")
+    (alone,) = list_checkpoints(folder / "best")[1:]
+    assert alone.split()[0] == "2"
 
 
 def test_prune_deletes_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

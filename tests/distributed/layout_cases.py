@@ -69,12 +69,14 @@ class Case:
     checkpointing: str = "none"
     backend: str = ""  # of torch.compile; empty: eager
     compute_dtype: str = "float32"
+    diffusion: bool = False  # masked diffusion, also validated
 
     @property
     def name(self) -> str:
         parts = (
             self.layout,
             self.model,
+            "diffusion" if self.diffusion else "",
             "documents" if self.document_mask else "",
             self.compute_dtype if self.compute_dtype != "float32" else "",
             self.checkpointing if self.checkpointing != "none" else "",
@@ -86,12 +88,20 @@ class Case:
     def reference(self) -> Case:
         """The one process that it is compared with; one process in bfloat16 is compared with float32."""
         dtype = self.compute_dtype if self.world > 1 else "float32"
-        return Case(1, "1 process", model=self.model, document_mask=self.document_mask, compute_dtype=dtype)
+        return Case(
+            1,
+            "1 process",
+            model=self.model,
+            document_mask=self.document_mask,
+            compute_dtype=dtype,
+            diffusion=self.diffusion,
+        )
 
     @property
     def keeps(self) -> bool:
         """Whether its checkpoint takes part in the exchange."""
-        return self.checkpointing == "none" and not self.backend and self.compute_dtype == "float32"
+        plain = self.compute_dtype == "float32" and not self.diffusion
+        return self.checkpointing == "none" and not self.backend and plain
 
 
 _FSDP_3 = Case(3, "FSDP 3", model="grouped", document_mask=True)
@@ -131,6 +141,7 @@ def cases(short: bool) -> list[Case]:
     if short:
         rows = [_FSDP_3, _HSDP, _TENSOR_3, _FSDP_TENSOR, _CONTEXT_TENSOR_NORMS]
         rows += [replace(_CONTEXT_TENSOR, checkpointing="selective", backend="aot_eager")]
+        rows += [replace(row, diffusion=True) for row in (_FSDP_3, _TENSOR_3, _CONTEXT_TENSOR)]
         return with_one_process(rows)
     modes = ("full", "every", "selective")
     rows = list(_LAYOUTS)
@@ -139,6 +150,7 @@ def cases(short: bool) -> list[Case]:
     compilable = [(row, mode) for row in _FAMILIES for mode in modes if mode == "selective" or "TP" not in row.layout]
     rows += [replace(row, checkpointing=mode, backend="aot_eager") for row, mode in compilable]
     rows += [replace(row, backend="inductor") for row in _FAMILIES]
+    rows += [replace(row, diffusion=True) for row in _FAMILIES]
     half = [replace(row, compute_dtype="bfloat16") for row in (_FSDP_TENSOR, _CONTEXT)]
     return with_one_process(rows + half)
 
@@ -180,10 +192,17 @@ def run_config(case: Case, seed: int) -> RunConfig:
     )
     section = replace(section, batch=replace(section.batch, micro_batch_size=MICRO_BATCH))
     restart = case.model == "norms"
+    objective = ObjectiveSection(
+        kind="masked_diffusion" if case.diffusion else "autoregressive",
+        z_loss=0.01,
+        document_mask=case.document_mask,
+        restart_positions=restart,
+        validation_samples=2 if case.diffusion else 1,
+    )
     config = configuration(
         section,
         optimizer=OPTIMIZER,
-        objective=ObjectiveSection(z_loss=0.01, document_mask=case.document_mask, restart_positions=restart),
+        objective=objective,
         compile=CompileSection(enabled=bool(case.backend), backend=case.backend or "inductor"),
     )
     return replace(config, model=MODELS[case.model], run=replace(config.run, seed=seed))
@@ -191,7 +210,7 @@ def run_config(case: Case, seed: int) -> RunConfig:
 
 def make_learner(case: Case, world: World, seed: int = 7) -> Learner:
     config = run_config(case, seed)
-    learner = Learner(config, Plan(config), world, "auto", lambda line: None)
+    learner = Learner(config, Plan(config), world, "auto", lambda line: None, mask_token_id=VOCABULARY - 1)
     learner.build(learner.plan.phases[0])
     disturb(learner.decoder, seed)
     return learner

@@ -57,13 +57,14 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def save(folder: Path, step: int, phase: str, seed: int) -> None:
-    """A checkpoint of the end of a phase, of random weights and scalars."""
+def save(folder: Path, step: int, phase: str, seed: int, more: str = "") -> None:
+    """A checkpoint of the end of a phase, of random weights and scalars; `more`: of its configuration."""
     path = layout.step_folder(folder / "checkpoints", step)
     path.mkdir(parents=True)
     text = CONFIG.format(folder=folder, length=48, held_out=f'validation_path = "{folder}/held_out"').replace(
         'name = "a"', f'name = "{phase}"'
     )
+    text += more
     (folder / "config.toml").write_text(text)
     decoder = Decoder(config.load(folder / "config.toml").config.model)
     torch.manual_seed(seed)

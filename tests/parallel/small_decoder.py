@@ -25,9 +25,9 @@ CONFIG = ModelConfig(
 )
 
 
-def make_decoder(dtype: torch.dtype = torch.float64) -> Decoder:
+def make_decoder(dtype: torch.dtype = torch.float64, config: ModelConfig = CONFIG) -> Decoder:
     """A decoder whose every parameter is drawn at random, always the same."""
-    decoder = Decoder(CONFIG).to(dtype)
+    decoder = Decoder(config).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():

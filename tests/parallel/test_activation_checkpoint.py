@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections import Counter
 from typing import Any
@@ -17,7 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tests.distributed.ranks import run_ranks
-from tests.parallel.small_decoder import LAYERS, compiled_kept_bytes, gradients, kept_bytes, make_decoder, make_ids
+from tests.parallel.small_decoder import (
+    CONFIG,
+    LAYERS,
+    compiled_kept_bytes,
+    gradients,
+    kept_bytes,
+    make_decoder,
+    make_ids,
+)
+from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.sections import ActivationCheckpointSection, CompileSection
 from titan_yulan.model import Decoder
 from titan_yulan.parallel.activation_checkpoint import OPERATOR_POLICY, apply_activation_checkpoint, is_recomputed
@@ -32,8 +42,8 @@ SECTIONS = (NONE, SELECTIVE, EVERY_2, FULL)
 SHARDED = ((EVERY_2, False), (SELECTIVE, False), (EVERY_2, True), (SELECTIVE, True))
 
 
-def checkpointed(section: ActivationCheckpointSection) -> Decoder:
-    decoder = make_decoder()
+def checkpointed(section: ActivationCheckpointSection, config: ModelConfig = CONFIG) -> Decoder:
+    decoder = make_decoder(config=config)
     apply_activation_checkpoint(decoder.model.layers, section)
     return decoder
 
@@ -83,6 +93,23 @@ def test_names_and_gradients_stay(section: ActivationCheckpointSection) -> None:
     assert wanted.keys() == found.keys() == dict(plain.named_parameters()).keys()
     for name, gradient in wanted.items():
         assert torch.equal(found[name], gradient), name
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_is_computed_again_drops_the_same(compiled: bool) -> None:
+    torch._dynamo.reset()
+    config = dataclasses.replace(CONFIG, attention_dropout=0.2, hidden_dropout=0.1)
+
+    def found(section: ActivationCheckpointSection, seed: int = 3) -> dict[str, Tensor]:
+        decoder = checkpointed(section, config)
+        compile_layers(decoder.model.layers, CompileSection(enabled=compiled, backend="aot_eager"))
+        torch.manual_seed(seed)
+        return gradients(decoder, make_ids())
+
+    wanted, others, again = found(NONE), found(NONE, seed=4), found(SELECTIVE)
+    for name, gradient in wanted.items():
+        assert torch.equal(again[name], gradient), name
+        assert not torch.equal(others[name], gradient), name
 
 
 def test_each_mode_keeps_less_than_the_one_before() -> None:

@@ -69,6 +69,18 @@ def test_the_file_is_found_after_the_clock_was_set_back(tmp_path: Path) -> None:
     assert stop.reason == f"file {tmp_path / STOP_FILE}"
 
 
+def test_the_kill_switch_is_a_second_file(tmp_path: Path) -> None:
+    clock, switch = Clock(), tmp_path / "switch"
+    stop = StopRequests(tmp_path, None, clock=clock, kill_switch=switch)
+    assert stop.reason == ""
+    switch.touch()
+    clock.now += 1.1
+    assert stop.reason == f"kill switch {switch}, to be removed before the next start"
+    switch.unlink()
+    (tmp_path / STOP_FILE).touch()
+    assert StopRequests(tmp_path, None, clock=clock, kill_switch=switch).reason == f"file {tmp_path / STOP_FILE}"
+
+
 def test_the_time_limit_counts_from_the_start_that_is_given(tmp_path: Path) -> None:
     clock = Clock()
     stop = StopRequests(tmp_path, 11.5, clock.now - 11 * 3600, clock)

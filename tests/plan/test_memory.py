@@ -246,6 +246,9 @@ def test_disk_at_the_worst_moment(every: str | None, first_phase: int, most: int
     config = replace(configuration(*phases, checkpoint=section), first_phase=first_phase)
     assert disk_forecast(config, Plan(config)) == (most, most * checkpoint_bytes(config))
     assert checkpoint_bytes(config) == 12 * count_parameters(config.model)
+    # the best one too, which saves without `every` as well
+    config = replace(config, checkpoint=replace(section, keep_best=True))
+    assert disk_forecast(config, Plan(config))[0] == 3 - first_phase + 4 + 1 + 1
 
 
 def fake_driver(folder: Path, lines: str, code: int = 0) -> str:

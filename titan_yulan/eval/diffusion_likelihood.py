@@ -8,9 +8,9 @@ With m the tokens of a continuation y after a context c, all of which the model 
                     each place is in H_i with probability t_i = (u + i / n) mod 1, n samples; its expectation over u and
                     H bounds a log-likelihood from below (Sahoo et al., arXiv 2406.07524)
 
-The times t_i of a continuation are spread evenly, which takes most of their noise from the sum. u and H follow from the
-context alone: continuations of one context are compared with the same times and the same places hidden, on any number
-of ranks.
+The times of a continuation are spread evenly, and so is what is hidden of it, which takes noise from the sum; that of
+few tokens keeps much, for 1/t has no variance. Both follow from the context alone: continuations of one context are
+compared with the same times and the same places hidden, on any number of ranks.
 
 A row ends with its continuation, and nothing behind it is seen, neither hidden nor not. A continuation that does not
 fit is cut into windows that do not overlap, each after as much of what is before it as fits.
@@ -19,7 +19,7 @@ fit is cut into windows that do not overlap, each after as much of what is befor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,7 @@ from titan_yulan.eval.sampling import Sampling
 from titan_yulan.eval.share import Share
 from titan_yulan.eval.unmask import unmask_ids
 from titan_yulan.model import Decoder
+from titan_yulan.objective.masked_diffusion import GOLDEN_RATIO
 
 _GREEDY = Sampling(temperature=0.0)
 Progress = Callable[[int, int], None]
@@ -45,6 +46,17 @@ Progress = Callable[[int, int], None]
 def times(key: int, samples: int) -> np.ndarray:
     """(samples,) float64 in [0, 1): evenly spread, the first one random."""
     return (hashing.uniform(key, np.zeros(1)) + np.arange(samples) / samples) % 1.0
+
+
+def draws(key: int, samples: int, places: int) -> Iterator[tuple[float, np.ndarray]]:
+    """Times, and at each (places,) bool, what is hidden: place by place whatever their number.
+
+    A place is hidden where its number is below the time. The numbers of a sample are independent; from sample to sample
+    each goes on by the golden ratio, so that with the times they fill the unit square evenly (Kronecker's sequence).
+    """
+    numbers = hashing.uniform(hashing.key(key, "hidden"), np.arange(places))
+    for i, time in enumerate(times(key, samples).tolist()):
+        yield time, (numbers + i * GOLDEN_RATIO) % 1.0 < time
 
 
 @dataclass(frozen=True)
@@ -187,14 +199,13 @@ class DiffusionLikelihoods(Likelihoods):
 
     def _samples(self, number: int, span: Span) -> list[_Row]:
         """The rows of the bound; a sample that hides nothing adds nothing, and needs none."""
-        samples, places = self.diffusion.samples, np.arange(len(span.continuation))
+        samples = self.diffusion.samples
         key = hashing.key("diffusion likelihood", " ".join(map(str, span.context)))
-        found = []
-        for i, time in enumerate(times(key, samples)):
-            hidden = hashing.uniform(hashing.key(key, "hidden", i), places) < time
-            if hidden.any():
-                found.append(_Row(number, hidden, hidden, 1 / (time * samples)))
-        return found
+        return [
+            _Row(number, hidden, hidden, 1 / (time * samples))
+            for time, hidden in draws(key, samples, len(span.continuation))
+            if hidden.any()
+        ]
 
     @torch.no_grad()
     def _batch_sums(self, rows: Sequence[_Row], numbers: Sequence[int], spans: Sequence[Span]) -> dict[int, float]:

@@ -6,12 +6,15 @@ Known from `validation.jsonl` and the checkpoints that are there, never from mem
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from titan_yulan.checkpoint.layout import best_checkpoint, find_checkpoints, point_at_best
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Tokens, amount
 from titan_yulan.monitor.metrics import read_lines
-from titan_yulan.parallel.process import World
+
+if TYPE_CHECKING:  # the launcher imports no torch
+    from titan_yulan.parallel.process import World
 
 
 def mean_validation_loss(losses: dict[str, float], mix: dict[str, float | Tokens]) -> float:

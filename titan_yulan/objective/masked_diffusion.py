@@ -26,7 +26,7 @@ from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.objective.objective import Inputs, Objective, restarted_positions
 
 # The fractional parts of its multiples are spread over [0, 1) with the least gaps (Weyl's sequence).
-_GOLDEN_RATIO = 0.6180339887498949
+GOLDEN_RATIO = 0.6180339887498949
 
 
 class MaskedDiffusion(Objective):
@@ -70,7 +70,7 @@ class MaskedDiffusion(Objective):
         """Sample `sample` of the bound. The times of a row are spread evenly, and those of neighbouring rows apart
         from one another; the same for every run, so that runs can be compared."""
         start = uniform(hashing.key("validation", "diffusion time"), torch.zeros(1, dtype=torch.int64))
-        offset = start.to(batch.position.device) + batch.position * _GOLDEN_RATIO + sample / self.validation_samples
+        offset = start.to(batch.position.device) + batch.position * GOLDEN_RATIO + sample / self.validation_samples
         ratio = self._ratio(offset.remainder(1.0))
         return self._inputs(batch, self._draw(hashing.key("validation", "diffusion mask", sample), batch, ratio), ratio)
 

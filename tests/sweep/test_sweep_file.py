@@ -1,0 +1,184 @@
+"""Sweep files: what they expand into, every mistake in them, what became of the runs, and the job array."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.config.config_texts import BASE, write
+from titan_yulan.cli import main
+from titan_yulan.config import load
+from titan_yulan.errors import UserError
+from titan_yulan.sweep import local
+from titan_yulan.sweep.expand import Expanded, expand
+from titan_yulan.sweep.runs import load_runs
+
+PHASE = '[phase]\nname = "one"\nsequence_length = 128\nunique_tokens = "100K"\nepochs = 2\nmix = {code = 1}\n'
+GRID = """
+config = "base.toml"
+name = "{size}-{kind}-{phase.epochs}-{shape}"
+[set]
+run.seed = 7
+checkpoint.keep = 1
+[grid]
+"objective.kind" = ["autoregressive", "masked_diffusion"]
+size = [{ size = "s", model.num_hidden_layers = 2 }, { size = "l", model.num_hidden_layers = 3, checkpoint.keep = 2 }]
+phase.epochs = [1, 2.5]
+lr = [{ shape = "flat", phase.lr = [{ shape = "constant", from = 0.5 }] }]
+"""
+
+
+def sweep_of(folder: Path, text: str, *overrides: str) -> Expanded:
+    write(folder, "base.toml", BASE + PHASE)
+    return expand(write(folder, "sweep.toml", text), folder, [f"--run.output_dir={folder / 'out'}", *overrides])
+
+
+def test_every_combination_is_a_run_with_its_settings(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, GRID)
+    assert list(sweep.runs)[:3] == ["s-autoregressive-1-flat", "s-autoregressive-2.5-flat", "l-autoregressive-1-flat"]
+    assert len(sweep.runs) == 8
+    [run] = load_runs(sweep, ["l-masked*-2.5-*"])
+    config = run.config
+    assert (config.model.num_hidden_layers, config.checkpoint.keep, config.run.seed) == (3, 2, 7)
+    assert (config.objective.kind, config.phases[0].epochs) == ("masked_diffusion", 2.5)
+    assert [(segment.shape, segment.from_, segment.to) for segment in config.phases[0].lr] == [("constant", 0.5, 0.5)]
+    assert config.run.name == run.name and run.folder == tmp_path / "out" / run.name
+    assert (run.epochs, run.state, run.flops) == (run.tokens / 100_000, "not begun", 6.0 * run.parameters * run.tokens)
+    assert load(Path(run.arguments[1]), run.arguments[2:]).config == config
+    [late] = load_runs(sweep_of(tmp_path, GRID, "--phase.epochs=9"), ["l-masked*-2.5-*"])
+    assert late.config.phases[0].epochs == 9
+
+
+def test_grids_one_after_the_other_and_names_without_a_template(tmp_path: Path) -> None:
+    text = 'config = "base.toml"\n[[grid]]\nphase.epochs = [1, 2]\nphase.unique_tokens = ["50K"]\n'
+    text += "[[grid]]\noptimizer.learning_rate = [1e-3]\nnote = [{ note = 'deep', model.num_hidden_layers = 3 }]\n"
+    assert sweep_of(tmp_path, text).runs == {
+        "1-50K": ("--phase.epochs=1", "--phase.unique_tokens=50K"),
+        "2-50K": ("--phase.epochs=2", "--phase.unique_tokens=50K"),
+        "0.001-deep": ("--optimizer.learning_rate=0.001", "--model.num_hidden_layers=3"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[grid]\na.b = [1]", r"sweep\.toml:1: config is missing"),
+        ('config = "base.toml"', r"sweep\.toml:1: no \[grid\] here"),
+        ('config = "base.toml"\nnaem = "x"\n[grid]\nrun.seed = [1]', r"sweep\.toml:2: naem: unknown key; did you mean"),
+        ('config = "base.toml"\n[grid]\nrun.seed = 1', r"sweep\.toml:3: grid\.run\.seed: found 1; allowed: a list"),
+        ('config = "base.toml"\n[grid]\nsize = [1]', r"sweep\.toml:3: grid\.size\[0\]: found 1; allowed: a table"),
+        ('config = "base.toml"\n[grid]\nrun.name = ["x"]', r"3: grid\.run\.name\[0\]: a sweep sets it itself"),
+        ('config = "base.toml"\nname = "x"\n[grid]\nrun.seed = [1, 2]', r"'x' would be the name of two runs"),
+        ('config = "base.toml"\nname = "{sed}"\n[grid]\nrun.seed = [1]', r"asks for \{sed\}, which is no setting"),
+        ('config = "base.toml"\n[grid]\nrun.seed = [1]\nx = [{run.seed = 2}]', r"run\.seed stands in two lists"),
+        ('config = 3\n[grid]\nrun.seed = [1]', r"sweep\.toml:1: config: found 3; allowed: a text"),
+        ('config = "bas.toml"\n[grid]\nrun.seed = [1]', r"--config bas\.toml: no such file"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sweep_of(tmp_path, text)
+
+
+def test_all_mistakes_of_all_runs_come_at_once(tmp_path: Path) -> None:
+    text = 'config = "base.toml"\n[grid]\nrun.seed = [1, -1]\noptimizer.learning_rat = [1, 2, 3]\n'
+    sweep = sweep_of(tmp_path, text)
+    with pytest.raises(UserError) as refused:
+        load_runs(sweep)
+    assert "runs 1-1, 1-2, 1-3 and 3 more: --optimizer.learning_rat: unknown key; did you mean" in str(refused.value)
+    assert "runs -1-1, -1-2, -1-3: --run.seed: found -1" in str(refused.value)
+    with pytest.raises(UserError, match=r"--only x-\*: no run has such a name; the first is 1-1"):
+        load_runs(sweep, ["x-*"])
+    with pytest.raises(UserError, match="a sweep names its runs itself"):
+        sweep_of(tmp_path, text, "--run.name=x")
+    with pytest.raises(UserError, match=r"runs .*1 of 1 sources are not prepared and have no text"):
+        load_runs(sweep_of(tmp_path, 'config = "base.toml"\n[grid]\nrun.seed = [1, 2]\n'), check_data=True)
+
+
+def test_the_table_and_the_job_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep_of(tmp_path, GRID)
+    command = ["sweep", str(tmp_path / "sweep.toml"), f"--run.output_dir={tmp_path / 'my runs'}"]
+    assert main(command) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 10 and table[0].split() == ["run", "parameters", "tokens", "epochs", "6", "N", "D", "state"]
+    assert table[1].split()[3:] == ["0.99", table[1].split()[4], "not", "begun"]
+    assert table[-1].startswith("8 runs, 0 finished, ")
+    text = (tmp_path / "base.toml").read_text()
+    (tmp_path / "base.toml").write_text(text.replace("[data.sources.code]", '[data.sources.code]\ntext = ["x.md"]'))
+    assert main([*command, "--slurm"]) == 0
+    script = Path(capsys.readouterr().out.removeprefix("sbatch ").strip())
+    assert "#SBATCH --array=0-7\n" in script.read_text() and "#SBATCH --requeue\n" in script.read_text()
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "slurm.sh").write_text('printf "%s\\n" "$@"\n')
+    environment = {"SLURM_SUBMIT_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    for task, code in (("3", 0), ("8", 2)):
+        told = subprocess.run(
+            ["bash", str(script)],
+            env={**environment, "SLURM_ARRAY_TASK_ID": task},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert told.returncode == code
+        if code == 0:
+            arguments = told.stdout.splitlines()
+            assert load(Path(arguments[1]), arguments[2:]).config.run.name == "l-autoregressive-2.5-flat"
+
+
+FAKE = """
+import os, pathlib, sys, time
+name = [word for word in sys.argv if word.startswith("--run.name=")][0].removeprefix("--run.name=")
+print(name, os.environ["OMP_NUM_THREADS"])
+code = {"1": 0, "2": 1, "3": 0, "4": 75}[name]
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_runs_are_trained_and_failures_do_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    sweep = sweep_of(tmp_path, 'config = "base.toml"\nname = "{seed}"\n[grid]\nrun.seed = [1, 2, 3, 4]\n')
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(local.sys, "executable", str(python))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setattr(local, "_LOOK_SECONDS", 0.02)
+    said: list[str] = []
+    runs = load_runs(sweep)
+    assert local.run_all(runs, at_a_time, said.append) == 1
+    assert [(run.folder / "sweep.log").read_text() for run in runs] == [f"{seed} 5\n" for seed in (1, 2, 3, 4)]
+    assert said[0] == f"0 of 4 runs are finished, 4 to train, {at_a_time} at a time"
+    assert {line.split(" (")[0] for line in said[1:] if ": begins" not in line} == {
+        "1: finished",
+        "2: FAILED",
+        "  2 5",
+        "3: finished",
+        "4: stopped; the same command goes on",
+    }
+    (tmp_path / "out" / "1" / ".lock-0").touch()
+    holder = subprocess.Popen(["flock", str(tmp_path / "out" / "1" / ".lock-0"), "sleep", "0.5"])
+    while local._is_free(runs[0]) and holder.poll() is None:
+        pass
+    assert local.run_all([runs[0], runs[3]], 1, said.append) == 75
+    assert holder.poll() == 0
+    assert said[-1] == "1: finished" and f"1: another start is training in {runs[0].folder}" in "\n".join(said)
+    assert local.run_all([runs[0]], 1, said.append) == 0
+    with pytest.raises(UserError, match="--run 0: at least 1"):
+        local.run_all(runs, 0, said.append)
+
+
+def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = local.Machine(8, "H100", 2**36, 64)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local._slots(3, machine) == [{"CUDA_VISIBLE_DEVICES": devices} for devices in ("0,1", "2,3", "4,5")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5")
+    pair = local.Machine(2, "H100", 2**36, 64)
+    assert local._slots(2, pair) == [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    with pytest.raises(UserError, match=r"--run 3: this machine has 2 GPU\(s\)"):
+        local._slots(3, pair)
