@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.making import make_checkpoint, make_state
 from tests.config.config_texts import BASE, write
 from titan_yulan.cli import main
-from titan_yulan.config import load
+from titan_yulan.config import load, to_toml
 from titan_yulan.errors import UserError
+from titan_yulan.monitor.metrics import write_status
 from titan_yulan.sweep import local
 from titan_yulan.sweep.expand import Expanded, expand
-from titan_yulan.sweep.runs import load_runs
+from titan_yulan.sweep.runs import SweepRun, load_runs, table_lines, write_arguments
+from titan_yulan.sweep.slurm import write_array
 
 PHASE = '[phase]\nname = "one"\nsequence_length = 128\nunique_tokens = "100K"\nepochs = 2\nmix = {code = 1}\n'
 GRID = """
@@ -96,6 +99,45 @@ def test_all_mistakes_of_all_runs_come_at_once(tmp_path: Path) -> None:
         sweep_of(tmp_path, text, "--run.name=x")
     with pytest.raises(UserError, match=r"runs .*1 of 1 sources are not prepared and have no text"):
         load_runs(sweep_of(tmp_path, 'config = "base.toml"\n[grid]\nrun.seed = [1, 2]\n'), check_data=True)
+
+
+def reach(run: SweepRun, step: int) -> None:
+    """Let a run have come to a step, with the arguments that a sweep writes."""
+    write_arguments(run)
+    place = run.plan.position(step)
+    tapes = dict(zip(run.plan.sources, run.plan.phases[0].tapes(place.row), strict=True))
+    last = place == run.plan.end
+    state = make_state(step, row=place.row, token=place.token, phase="one", tapes=tapes, phase_finished=last)
+    make_checkpoint(run.folder / "checkpoints", step, to_toml(run.config), state)
+
+
+def test_what_became_of_the_runs(tmp_path: Path) -> None:
+    text = 'config = "base.toml"\nname = "{seed}"\n[set]\nbatch.micro_batch_size = 4\n[grid]\nrun.seed = [1, 2, 3, 4]\n'
+    text += "optimizer.learning_rate = [0.25]\n"
+    done, half, failed, _ = load_runs(sweep_of(tmp_path, text))
+    end = done.plan.end.step
+    reach(done, end)
+    reach(half, 5)
+    write_status(failed.folder, "failed", 1)
+    runs = load_runs(sweep_of(tmp_path, text.replace("size = 4", "size = 2")))  # what the grid does not set may change
+    states = ["finished", f"at step 5 of {end}", f"failed at step 0 of {end}", "not begun"]
+    assert [run.state for run in runs] == states
+    assert [(run.finished, run.begun, run.failed) for run in runs] == [
+        (True, True, False),
+        (False, True, False),
+        (False, True, True),
+        (False, False, False),
+    ]
+    cost = (3 - 5 / end) * runs[0].flops
+    assert list(table_lines(runs))[-1] == f"4 runs, 1 finished, {cost:.3g} FLOPs to go"
+    with pytest.raises(UserError, match=r"(?s)run 1: .* begun without --optimizer.learning_rate=0.5.*\nrun 2: .*begun"):
+        load_runs(sweep_of(tmp_path, text.replace("0.25", "0.5")))
+    with pytest.raises(UserError, match=r"run.: .*\n  model.num_hidden_layers"):
+        load_runs(sweep_of(tmp_path, text, "--model.num_hidden_layers=3"))
+    script = write_array(tmp_path / "sweep.toml", tmp_path / "out", runs).read_text()
+    assert "#SBATCH --array=1-3\n" in script and "\n    0)" not in script
+    with pytest.raises(UserError, match=r"all 1 runs of .* are finished"):
+        write_array(tmp_path / "sweep.toml", tmp_path / "out", runs[:1])
 
 
 def test_the_table_and_the_job_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

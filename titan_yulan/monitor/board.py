@@ -196,8 +196,11 @@ def layout(sources: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
         "stability": {
             "gradient norm": chart(r"optim/grad_norm$"),
             "gradient norm of layers": chart(r"gradient/.*"),
-            "root mean square of hidden states": chart(r"hidden/.*/rms$"),
-            "variance of hidden states": chart(r"hidden/.*/variance$"),
+            "root mean square of the residual stream": chart(r"hidden/(embedding|mlp_residual/.*|final_norm)/rms$"),
+            "variance of the residual stream": chart(r"hidden/(embedding|mlp_residual/.*|final_norm)/variance$"),
+            "root mean square of attention's output": chart(r"hidden/attention_output/.*/rms$"),
+            "root mean square of the MLP's output": chart(r"hidden/mlp_output/.*/rms$"),
+            "variance behind the norm before attention": chart(r"hidden/input_norm/.*/variance$"),
             "log-sum-exp of attention": chart(r"attention/logsumexp/.*"),
             "root mean square of weights": chart(r"weight/.*/rms$"),
             "scalars of matrices": chart(r"scalar/.*"),
