@@ -18,7 +18,8 @@ Recipes; m is width / 64, eta the learning rate, s = 0.02:
     WeSaR, rates corrected   logits / m; matrices and all scalars at eta / sqrt(m). Not published: it is here to show
                              where the exponents of YuLan-Mini come from
 
-The raw standard deviation that YuLan-Mini publishes is 5e-5; with it the first update would be larger than the start.
+The raw standard deviation that YuLan-Mini publishes is 5e-5 (`--initializer-range 5e-5`): the first update is then far
+larger than the start.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ BASE_WIDTH = 64
 WIDTHS = (64, 128, 256, 512, 1024)
 LAYERS, HEAD_DIM = 4, 32
 VOCABULARY = 1024
+INITIALIZER_RANGE = 0.02
 POINTS = ("embedding", "attention scores", "attention output", "MLP output", "residual stream", "logits")
 _SHOWN_AS = {"embedding": "embedding", "attention_output": "attention output", "mlp_output": "MLP output"}
 
@@ -124,7 +126,7 @@ class Recorder(Observer):
             self.seen["attention scores"] = scores[..., rows, columns]
 
 
-def model_config(recipe: Recipe, width: int) -> ModelConfig:
+def model_config(recipe: Recipe, width: int, initializer_range: float = INITIALIZER_RANGE) -> ModelConfig:
     yulan_mini = ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
@@ -134,8 +136,8 @@ def model_config(recipe: Recipe, width: int) -> ModelConfig:
         num_key_value_heads=max(1, width // HEAD_DIM // 2),
         head_dim=HEAD_DIM,
         alpha_base_width=BASE_WIDTH,
-        initializer_range=0.02,
-        embedding_initializer_range=0.02,
+        initializer_range=initializer_range,
+        embedding_initializer_range=initializer_range,
     )
     return dataclasses.replace(yulan_mini, **recipe.model)  # type: ignore[arg-type]
 
@@ -175,10 +177,17 @@ def optimizer_of(decoder: Decoder, recipe: Recipe, learning_rate: float) -> torc
 
 
 def measure(
-    recipe: Recipe, width: int, seed: int, *, steps: int, learning_rate: float, shape: tuple[int, int]
+    recipe: Recipe,
+    width: int,
+    seed: int,
+    *,
+    steps: int,
+    learning_rate: float,
+    shape: tuple[int, int],
+    initializer_range: float = INITIALIZER_RANGE,
 ) -> Measured:
     """Train on one batch and compare. `shape`: rows and their length."""
-    decoder = Decoder(model_config(recipe, width))
+    decoder = Decoder(model_config(recipe, width, initializer_range))
     initialise(decoder, seed)
     optimizer = optimizer_of(decoder, recipe, learning_rate)
     ids, targets = made_up_batch(*shape, seed)
@@ -274,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=4, help="default 4")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="eta, default 0.002")
+    parser.add_argument("--initializer-range", type=float, default=INITIALIZER_RANGE, help="s, default 0.02")
     parser.add_argument("--rows", type=int, default=4, help="rows of 32 tokens in the batch, default 4")
     parser.add_argument("--seeds", type=int, default=4, help="of weights and batch, default 4")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
@@ -282,12 +292,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(head("torch"))
-    found = []
-    for width in options.widths:
-        for recipe in RECIPES:
-            for seed in range(options.seeds):
-                settings = {"steps": options.steps, "learning_rate": options.learning_rate}
-                found.append(measure(recipe, width, seed, **settings, shape=(options.rows, 32)))
+    found = [
+        measure(
+            recipe,
+            width,
+            seed,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            shape=(options.rows, 32),
+            initializer_range=options.initializer_range,
+        )
+        for width in options.widths
+        for recipe in RECIPES
+        for seed in range(options.seeds)
+    ]
     print(report(found, options.csv))
     if options.plot:
         plot(found, options.plot)

@@ -34,9 +34,12 @@ def test_other_distances_are_refused(tmp_path: Path, key: str, text: str, messag
 
 def test_a_best_checkpoint_needs_validations(tmp_path: Path) -> None:
     path = write(tmp_path, "a.toml", BASE + phase("a"))
+    keys = ["--checkpoint.keep_best=true", "--eval.every=9 rows", "--data.sources.math.validation_path=data/held_out"]
+    assert load(path, keys).config.checkpoint.keep_best
     with pytest.raises(UserError, match=r"checkpoint.keep_best: .* set eval.every"):
-        load(path, ["--checkpoint.keep_best=true"])
-    assert load(path, ["--checkpoint.keep_best=true", "--eval.every=9 rows"]).config.checkpoint.keep_best
+        load(path, [keys[0], keys[2]])
+    with pytest.raises(UserError, match=r"checkpoint.keep_best: no source has a held-out part"):
+        load(path, keys[:2])
 
 
 def test_a_kill_switch_is_a_file_of_this_machine(tmp_path: Path) -> None:

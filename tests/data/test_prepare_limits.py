@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,28 +29,6 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path / "in")
 
 
-LIMITS = ({"max_documents": 1}, {"max_documents": 23}, {"max_tokens": 150}, {"max_documents": 30, "max_tokens": 90})
-
-
-@pytest.mark.parametrize("filters", [{}, {"deduplicate": True, "minimum_tokens": 3}], ids=["all", "filtered"])
-def test_the_first_documents_after_all_filters(tmp_path: Path, inputs: str, filters: dict[str, Any]) -> None:
-    make(inputs, tmp_path / "all", order="keep", **filters)
-    whole = documents(Source.open(tmp_path / "all"))
-    for number, limits in enumerate(LIMITS):
-        make(inputs, tmp_path / str(number), order="keep", **filters, **limits)
-        source = Source.open(tmp_path / str(number))
-        assert documents(source) == first(whole, limits) != whole
-        assert {key: source.made_from[key] for key in limits} == limits
-
-
-def first(texts: list[str], limits: dict[str, int]) -> list[str]:
-    for count in range(1, len(texts)):
-        tokens = sum(len(text) + 1 for text in texts[:count])
-        if count >= limits.get("max_documents", 1000) or tokens >= limits.get("max_tokens", 10**6):
-            return texts[:count]
-    return texts
-
-
 def test_limits_count_the_training_part_and_the_held_out_one_ends_with_it(tmp_path: Path, inputs: str) -> None:
     for name, limits in (("all", {}), ("some", {"max_documents": 23})):
         held_out = {"validation_output": tmp_path / f"{name}-held-out", "validation_share": 0.3}
@@ -60,6 +37,7 @@ def test_limits_count_the_training_part_and_the_held_out_one_ends_with_it(tmp_pa
         documents(Source.open(tmp_path / name)) for name in ("some", "all", "some-held-out", "all-held-out")
     )
     assert some == whole[:23]
+    assert Source.open(tmp_path / "some").made_from["max_documents"] == 23
     assert held_out == all_held_out[: len(held_out)] and 0 < len(held_out) < len(all_held_out)
 
 

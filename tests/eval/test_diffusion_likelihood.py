@@ -25,12 +25,14 @@ from titan_yulan.data import hashing
 from titan_yulan.data.loader import read_rows
 from titan_yulan.errors import RunError, UserError
 from titan_yulan.eval import diffusion_likelihood
+from titan_yulan.eval.diffusion import diffusion_of
 from titan_yulan.eval.diffusion_likelihood import DiffusionLikelihoods, draws
 from titan_yulan.eval.evaluate import Evaluator
 from titan_yulan.eval.find_work import Work, find_work
 from titan_yulan.eval.in_training import TaskEvaluation
 from titan_yulan.eval.likelihood import Span
 from titan_yulan.eval.load import load_decoder
+from titan_yulan.eval.open_model import TrainedModel
 from titan_yulan.eval.requests import Choice, Text
 from titan_yulan.eval.sampling import Sampling
 from titan_yulan.eval.tasks import Task
@@ -140,21 +142,22 @@ def test_the_bound_converges_to_the_exact_one(decoder: Decoder) -> None:
 
 
 def test_spreading_times_takes_noise_from_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 50 tokens, each of which loses 1 + 3 h / 50 where h are hidden; the integral is the sum of that over h."""
-    exact = sum(1 + 3 * count / 50 for count in range(1, 51))
+    """Of m tokens, each of which loses 1 + 3 h / m where h are hidden; the integral is the sum of that over h."""
 
-    def typical_error() -> float:
-        errors = []
+    def typical_error(samples: int, count: int) -> float:
+        exact, errors = sum(1 + 3 * h / count for h in range(1, count + 1)), []
         for key in range(200):
-            found = [(time, int(hidden.sum())) for time, hidden in draws(key, 16, 50)]
-            errors.append(abs(sum(h * (1 + 3 * h / 50) / time for time, h in found if h) / 16 - exact))
+            found = [(time, int(hidden.sum())) for time, hidden in draws(key, samples, count)]
+            bound = sum(h * (1 + 3 * h / count) / time for time, h in found if h) / samples
+            errors.append(abs(bound - exact) / exact)
         return statistics.median(errors)
 
-    spread = typical_error()
+    assert 0.08 < typical_error(32, 1) < 0.13
+    spread = typical_error(16, 50)
     monkeypatch.setattr(
         diffusion_likelihood, "times", lambda key, samples: hashing.uniform(key ^ 0x5EED, np.arange(samples))
     )
-    assert spread < 0.04 * exact and spread < 0.6 * typical_error()
+    assert spread < 0.04 and spread < 0.6 * typical_error(16, 50)
 
 
 def test_times_are_spread_evenly_from_a_random_one() -> None:
@@ -217,8 +220,6 @@ def test_held_out_parts_have_the_bound_of_validation(run: Path) -> None:  # noqa
     assert result.metrics["perplexity"] == pytest.approx(math.exp(float(sums.sum()) / 144), rel=1e-5)
     text = [token for token in batch.tokens[0, :-1].tolist() if token != 256]
     assert result.rows[0]["bytes"] == len(text)
-    with pytest.raises(UserError, match="read in rows of 48 tokens; leave --context out"):
-        Evaluator(decoder, BYTES, 47, diffusion=keys)(work)
     with pytest.raises(UserError, match="this model predicts the next token"):
         Evaluator(decoder, BYTES, 48)(work)
 
@@ -259,6 +260,14 @@ def test_the_command_evaluates_by_the_objective(
     assert model["tasks"]["held_out/text"]["items"] == 2
     assert cli.main([*command, "--samples", "0"]) == 2
     assert "--samples 0: give at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [{"samples": 3}, {"likelihood": "bound"}])
+def test_a_model_of_the_next_token_has_no_bound(decoder: Decoder, asked: dict[str, Any]) -> None:
+    model = TrainedModel(decoder, BYTES, "", "float32", 48, 48)
+    assert diffusion_of(model) is None
+    with pytest.raises(UserError, match=r"--\w+ is for models of .*masked_diffusion.* leave it out"):
+        diffusion_of(model, **asked)
 
 
 def test_tasks_in_training_take_the_objective_of_the_run(run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -63,23 +61,16 @@ def test_all_validations_are_weighted_by_the_last_phase(tmp_path: Path) -> None:
 
 
 def test_a_step_is_saved_when_it_is_lower_than_all_before(tmp_path: Path) -> None:
-    def due(step: int, loss: float, first: int = 0) -> bool:
+    def due(step: int, loss: float) -> bool:
         write(tmp_path, (step, {"x": loss}))
-        best = KeepBest(config(), tmp_path, WORLD, first)  # as a restart would know it
+        best = KeepBest(config(), tmp_path, WORLD, first=0)  # as a restart would know it
         assert not best.due(step)  # no validation took place just now
         best.validated(step)
         return best.due(step)
 
-    # step 0 is of the model that the run began with
-    assert [due(*line) for line in ((0, 0.5), (1, 3.0), (2, 3.0), (3, 2.0), (4, 2.5), (5, math.nan), (6, 1.0))] == [
-        True,
-        True,
-        False,
-        True,
-        False,
-        False,
-        True,
-    ]
+    write(tmp_path, (0, {"x": 0.5}))  # of the model that the run began with
+    lines = ((1, 3.0), (2, 3.0), (3, 2.0), (4, 2.5), (5, math.nan), (6, 1.0))
+    assert [step for step, loss in lines if due(step, loss)] == [1, 3, 6]
 
 
 def test_nothing_is_compared_without_the_key(tmp_path: Path) -> None:
@@ -101,6 +92,4 @@ def test_a_link_that_a_kill_left_behind_is_put_right(tmp_path: Path) -> None:
     layout.point_at_best(folder, made[0])
     show_best(tmp_path, config())
     assert layout.open_checkpoint(folder / "best") == made[1]
-    lines = json.loads((tmp_path / "validation.jsonl").read_text().splitlines()[1])
-    assert lines["step"] == made[1].step
-    show_best(tmp_path / "nothing", replace(config()))
+    show_best(tmp_path / "nothing", config())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_grids_one_after_the_other_and_names_without_a_template(tmp_path: Path) 
         ('config = "base.toml"\n[grid]\nrun.name = ["x"]', r"3: grid\.run\.name\[0\]: a sweep sets it itself"),
         ('config = "base.toml"\nname = "x"\n[grid]\nrun.seed = [1, 2]', r"'x' would be the name of two runs"),
         ('config = "base.toml"\nname = "{sed}"\n[grid]\nrun.seed = [1]', r"asks for \{sed\}, which is no setting"),
+        ('config = "base.toml"\nname = "{seed}"\n[grid]\nrun.seed = [1]\nx = [{epochs = 2}]', r"epochs is no key"),
         ('config = "base.toml"\n[grid]\nrun.seed = [1]\nx = [{run.seed = 2}]', r"run\.seed stands in two lists"),
         ('config = 3\n[grid]\nrun.seed = [1]', r"sweep\.toml:1: config: found 3; allowed: a text"),
         ('config = "bas.toml"\n[grid]\nrun.seed = [1]', r"--config bas\.toml: no such file"),
@@ -132,7 +134,7 @@ def test_what_became_of_the_runs(tmp_path: Path) -> None:
     assert list(table_lines(runs))[-1] == f"4 runs, 1 finished, {cost:.3g} FLOPs to go"
     with pytest.raises(UserError, match=r"(?s)run 1: .* begun without --optimizer.learning_rate=0.5.*\nrun 2: .*begun"):
         load_runs(sweep_of(tmp_path, text.replace("0.25", "0.5")))
-    with pytest.raises(UserError, match=r"run.: .*\n  model.num_hidden_layers"):
+    with pytest.raises(UserError, match=r"run 1: .*\n  model.num_hidden_layers: 4 -> 3\n.*\nrun 2: "):
         load_runs(sweep_of(tmp_path, text, "--model.num_hidden_layers=3"))
     script = write_array(tmp_path / "sweep.toml", tmp_path / "out", runs).read_text()
     assert "#SBATCH --array=1-3\n" in script and "\n    0)" not in script
@@ -171,19 +173,21 @@ def test_the_table_and_the_job_array(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 FAKE = """
-import os, pathlib, sys, time
+import os, signal, sys
 name = [word for word in sys.argv if word.startswith("--run.name=")][0].removeprefix("--run.name=")
-print(name, os.environ["OMP_NUM_THREADS"])
-code = {"1": 0, "2": 1, "3": 0, "4": 75}[name]
-sys.exit(code)
+print(name, os.environ["OMP_NUM_THREADS"], flush=True)
+if name == "5":  # the sweep is told to stop while this one trains
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.kill(os.getppid(), signal.SIGUSR1)
+    signal.sigwait([signal.SIGTERM])
+    sys.exit(75)
+sys.exit({"1": 0, "2": 1, "3": 0, "4": 75}[name])
 """
 
 
-@pytest.mark.parametrize("at_a_time", [1, 3])
-def test_runs_are_trained_and_failures_do_not_end_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_a_time: int
-) -> None:
-    sweep = sweep_of(tmp_path, 'config = "base.toml"\nname = "{seed}"\n[grid]\nrun.seed = [1, 2, 3, 4]\n')
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that does nothing but end in a way that depends on the run's name."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path}/fake.py "$@"\n')
     python.chmod(0o755)
@@ -191,8 +195,29 @@ def test_runs_are_trained_and_failures_do_not_end_the_others(
     monkeypatch.setattr(local.sys, "executable", str(python))
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setattr(local, "_LOOK_SECONDS", 0.02)
+
+
+def seeds(folder: Path, *names: int) -> list[SweepRun]:
+    """Runs that are called by their seeds."""
+    return load_runs(sweep_of(folder, f'config = "base.toml"\n[grid]\nrun.seed = {list(names)}\n'))
+
+
+@pytest.mark.usefixtures("trainer")
+def test_a_signal_is_passed_on_and_no_other_run_is_begun(tmp_path: Path) -> None:
     said: list[str] = []
-    runs = load_runs(sweep)
+    runs = seeds(tmp_path, 5, 1)
+    assert local.run_all(runs, 1, said.append) == 75
+    assert said[2:] == ["5: stopped; the same command goes on"] and not runs[1].folder.exists()
+    before = signal.getsignal(signal.SIGUSR1)
+    assert local.run_all(runs[1:], 1, said.append) == 0
+    assert signal.getsignal(signal.SIGUSR1) == before == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("trainer")
+@pytest.mark.parametrize("at_a_time", [1, 3])
+def test_runs_are_trained_and_failures_do_not_end_the_others(tmp_path: Path, at_a_time: int) -> None:
+    said: list[str] = []
+    runs = seeds(tmp_path, 1, 2, 3, 4)
     assert local.run_all(runs, at_a_time, said.append) == 1
     assert [(run.folder / "sweep.log").read_text() for run in runs] == [f"{seed} 5\n" for seed in (1, 2, 3, 4)]
     assert said[0] == f"0 of 4 runs are finished, 4 to train, {at_a_time} at a time"

@@ -59,9 +59,8 @@ class _Check:
             every = getattr(getattr(config, section), key)
             if _sound(every) and every is not None:
                 self.interval((section, key), every)
-        if config.checkpoint.keep_best is True and config.eval.every is None:
-            text = "nothing is validated before the end, whose checkpoint is kept anyway; set eval.every"
-            self.refuse(("checkpoint", "keep_best"), text)
+        if config.checkpoint.keep_best is True:
+            self.best()
         if _sound(config.data) and _sound(config.data.sources, config.data.shuffle):
             self.patterns(("data", "shuffle"), config.data.shuffle, config.data.sources)
         for key in ("profile_steps", "memory_snapshot_steps"):
@@ -84,6 +83,14 @@ class _Check:
                     self.refuse(
                         ("objective", key), f"{value} has no effect with kind = {section.kind!r}; needs {kind!r}"
                     )
+
+    def best(self) -> None:
+        """A best checkpoint needs validations to choose by."""
+        path, sources = ("checkpoint", "keep_best"), self.config.data.sources if _sound(self.config.data) else INVALID
+        if self.config.eval.every is None:
+            self.refuse(path, "nothing is validated before the end, whose checkpoint is kept anyway; set eval.every")
+        if _sound(sources) and not any(source.validation_path for source in sources.values() if _sound(source)):
+            self.refuse(path, "no source has a held-out part to validate on; set validation_path of one")
 
     def folder_name(self, path: KeyPath, name: str) -> None:
         if _sound(name) and not _FOLDER_NAME.match(name):

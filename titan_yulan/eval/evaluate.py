@@ -175,19 +175,18 @@ class Evaluator:
         return text_numbers([item.id for item in items], logprobs, tokens, sizes), 0
 
     def _bound(self, work: Work, held_out: HeldOut) -> Numbers:
-        length = held_out.rows.sequence_length
         if self._diffusion is None:
             raise UserError(
                 f"{work.task.name} is read in rows, as masked diffusion is validated; this model predicts the next "
                 "token: name files of text instead"
             )
-        if self.context < length:
-            raise UserError(f"{work.task.name} is read in rows of {length} tokens; leave --context out, or raise it")
         parts = held_out, self._diffusion, self.tokenizer, self._likelihoods.batch_tokens
         found = held_out_bounds(
             self._likelihoods.decoder, *parts, self.share, self._likelihoods.device, self._tell(work)
         )
         losses, tokens, sizes = zip(*found, strict=True)
+        if not sum(sizes):
+            raise UserError(f"{work.task.name}: none of its rows holds a token that counts; raise --limit")
         return text_numbers([cast(Text, item).id for item in work.items], [-loss for loss in losses], tokens, sizes)
 
     def _answer(self, work: Work) -> tuple[Numbers, int]:

@@ -155,6 +155,9 @@ def _add_run(
             problems.add(origin, f"{twice[0]} stands in two lists of one grid; leave it in one")
         own |= choice
     settings = common | own
+    asked = set(_PLACEHOLDER.findall(template)) or settings.keys()
+    for label in sorted({key for key in settings if "." not in key} - asked):
+        problems.add(origin, f"{label} is no key, which has a dot, and no {{{label}}} of `name` either; correct it")
     name = _name(template, settings, origin, problems) if template else "-".join(map(_word, _telling(axes)))
     if name in runs:
         problems.add(origin, f"{name!r} would be the name of two runs; put all that differs into `name`")

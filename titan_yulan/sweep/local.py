@@ -16,6 +16,7 @@ from titan_yulan.data.report import say_now
 from titan_yulan.errors import UserError
 from titan_yulan.parallel.launched import end_with_parent, try_lock
 from titan_yulan.plan.memory import Machine, inspect_machine
+from titan_yulan.plan.start import Launch
 from titan_yulan.sweep.runs import SweepRun, write_arguments
 
 LOG = "sweep.log"
@@ -55,8 +56,8 @@ def _slots(at_a_time: int, machine: Machine) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
     if at_a_time == 1 or "OMP_NUM_THREADS" in os.environ:
         return [{} for _ in range(at_a_time)]
-    processes = int(os.environ.get("NPROC", "2"))
-    return [{"OMP_NUM_THREADS": str(max(1, machine.cores // (at_a_time * processes)))} for _ in range(at_a_time)]
+    processes = at_a_time * Launch.from_environment(machine).processes
+    return [{"OMP_NUM_THREADS": str(max(1, machine.cores // processes))} for _ in range(at_a_time)]
 
 
 def _is_free(run: SweepRun) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,8 +95,9 @@ def load_runs(sweep: Expanded, only: Sequence[str] = (), check_data: bool = Fals
                 check_sources_there(run.config)
             runs.append(run)
         except UserError as error:
-            for text in re.split(r"\n(?! )", str(error)):  # indented lines belong to the one before
-                mistakes[text].append(name)
+            text = str(error)  # a mistake a line, or one with an indented list
+            for mistake in [text] if "\n " in text else text.split("\n"):
+                mistakes[mistake].append(name)
     if mistakes:
         raise UserError("\n".join(f"{_shortened(runs)}: {text}" for text, runs in mistakes.items()))
     return runs
