@@ -1,6 +1,6 @@
 """Small runs at high learning rates with WeSaR, muP and QK LayerNorm on and off: do they stay stable?
 
-    python benchmarks/stability.py --plot docs/stability.png            24 runs, some ten minutes of a CPU core
+    python benchmarks/stability.py --plot docs/stability.png            24 runs, eleven minutes of a CPU core
     python benchmarks/stability.py --rates 0.04 --folder outputs/stability     in parts: finished runs are only read
 
 Every run goes through the trainer: the debug data (prepared if missing), 6 layers of 128 with heads of 32, 8 rows of 64
@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ from titan_yulan.train import train
 
 LAYERS, WIDTH, BASE_WIDTH = 6, 128, 32
 RATES = (0.0025, 0.01, 0.04, 0.16)
+PLOT_RATE = 0.04
 WARM_UP = 10  # steps
 SMOOTHING = 10  # steps whose mean is called the loss
 
@@ -183,22 +184,18 @@ def read(recipe: Recipe, rate: float, ended: str, folder: Path) -> Run:
     )
 
 
-def smooth(values: dict[int, float]) -> dict[int, float]:
-    """Means of SMOOTHING steps, by the last of them."""
+def smooth(values: Mapping[int, float]) -> dict[int, float]:
+    """Means of SMOOTHING steps (at the beginning, of those there are), by the last of them."""
     steps = list(values)
     return {
-        steps[end - 1]: statistics.fmean(values[step] for step in steps[end - SMOOTHING : end])
-        for end in range(SMOOTHING, len(steps) + 1)
+        step: statistics.fmean(values[before] for before in steps[max(0, index + 1 - SMOOTHING) : index + 1])
+        for index, step in enumerate(steps)
     }
 
 
-def largest_rise(values: dict[int, float]) -> float:
-    """By how much the smoothed values rise above the lowest before, at most."""
-    lowest, rise = math.inf, 0.0
-    for value in smooth(values).values():
-        lowest = min(lowest, value)
-        rise = max(rise, value - lowest)
-    return rise
+def cell(value: Callable[[list[float]], float], values: Mapping[int, float]) -> str:
+    """A run that ended at once has no values."""
+    return f"{value(list(values.values())):.3g}" if values else "-"
 
 
 def report(runs: Sequence[Run], csv_file: Path | None) -> str:
@@ -206,7 +203,6 @@ def report(runs: Sequence[Run], csv_file: Path | None) -> str:
         "eta",
         "recipe",
         "loss at the end",
-        "largest rise of the loss",
         "gradient norm, median of the second half",
         "largest gradient norm",
         "hidden RMS, first",
@@ -214,14 +210,20 @@ def report(runs: Sequence[Run], csv_file: Path | None) -> str:
         "log-sum-exp, first",
         "log-sum-exp, largest",
     ]
-    lines = []
-    for one in runs:
-        norms, rms, sums = (list(values.values()) for values in (one.gradient_norm, one.hidden_rms, one.logsumexp))
-        end = f"{list(smooth(one.loss).values())[-1]:.2f}" + (f" (ended: {one.ended})" if one.ended else "")
-        values = [largest_rise(one.loss), statistics.median(norms[len(norms) // 2 :]), max(norms), rms[0], rms[-1]]
-        lines.append(
-            [one.rate, one.recipe.name, end, *(f"{value:.3g}" for value in (*values, sums[0], max(sums, key=abs)))]
-        )
+    lines = [
+        [
+            one.rate,
+            one.recipe.name,
+            cell(lambda values: values[-1], smooth(one.loss)) + (f" (ended: {one.ended})" if one.ended else ""),
+            cell(lambda values: statistics.median(values[len(values) // 2 :]), one.gradient_norm),
+            cell(max, one.gradient_norm),
+            cell(lambda values: values[0], one.hidden_rms),
+            cell(lambda values: values[-1], one.hidden_rms),
+            cell(lambda values: values[0], one.logsumexp),
+            cell(max, one.logsumexp),
+        ]
+        for one in runs
+    ]
     return table(columns, lines, csv_file)
 
 
@@ -229,7 +231,7 @@ def plot(runs: Sequence[Run], rate: float, path: Path) -> None:
     """Four panels over the steps of the runs at `rate`."""
     canvas = importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(10, 6.4))
-    axes = figure.subplots(2, 2, sharex=True).flat
+    axes = list(figure.subplots(2, 2, sharex=True).flat)
     for one in (one for one in runs if one.rate == rate):
         curves = (smooth(one.loss), smooth(one.gradient_norm), one.hidden_rms, one.logsumexp)
         for panel, values in zip(axes, curves, strict=True):
@@ -244,11 +246,14 @@ def plot(runs: Sequence[Run], rate: float, path: Path) -> None:
         panel.set_yscale("log")
         panel.set_title(title, fontsize="medium")
         panel.grid(alpha=0.3, which="both")
+    for panel in axes[:2]:  # less than a decade each: a few labels between the powers of ten, as plain numbers
+        panel.yaxis.set_minor_formatter("{x:g}")
+        panel.tick_params(axis="y", which="minor", labelsize="small")
     figure.supxlabel("step")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize="small")
     figure.tight_layout(rect=(0, 0, 1, 0.95))
-    figure.set_dpi(90)
+    figure.set_dpi(80)
     canvas(figure).print_png(str(path))
 
 
@@ -259,8 +264,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--folder", type=Path, help="keep the run folders here; runs that are finished are only read")
     parser.add_argument("--csv", type=Path, help="append the table to this file")
-    parser.add_argument("--plot", type=Path, help="also draw the runs at the last of the rates into this PNG")
+    parser.add_argument("--plot", type=Path, help="also draw a PNG (needs matplotlib)")
+    parser.add_argument("--plot-rate", type=float, default=PLOT_RATE, help="which of the rates to draw")
     options = parser.parse_args()
+    if options.plot and options.plot_rate not in options.rates:
+        parser.error(f"--plot-rate {options.plot_rate} is not among --rates")
     torch.set_num_threads(1)
     print(head("torch"))
     begin = time.process_time()
@@ -272,7 +280,7 @@ def main() -> None:
     print(report(runs, options.csv))
     print(f"\n{time.process_time() - begin:.0f} s of processor time")
     if options.plot:
-        plot(runs, options.rates[-1], options.plot)
+        plot(runs, options.plot_rate, options.plot)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ def test_a_share_of_zero_is_no_subset(tmp_path: Path):
         ("--phase.epochs=0.001", r"less than one global batch \(1024 tokens\)"),
         ("--phase.unique_tokens=0", "unique_tokens: found 0"),
         ("--objective.left_to_right_share=0.5", "0.5 has no effect with kind = 'autoregressive'; needs 'masked_diff"),
+        ("--eval.likelihood=bound", "eval.likelihood: bound has no effect with kind = 'autoregressive'"),
+        ("--eval.likelihood_samples=4", "4 has no effect with kind = 'autoregressive'; needs 'masked_diffusion'"),
         ("--objective.kind=diffusion", "found 'diffusion'"),
         ("--objective.order_kind=sorted", "found 'sorted'"),
         ("--model.attention_dropout=1", "attention_dropout: found 1"),

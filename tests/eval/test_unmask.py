@@ -157,7 +157,7 @@ def test_a_run_writes_by_itself_as_it_was_trained(run: Path, capsys: pytest.Capt
     decoder, options = load_decoder(run)[0], ("--new-tokens", "9", "--temperature", "0")
     assert cli.main(["generate", "--run", str(run), "--prompt", "to be", "--prompt", "é", *options]) == 0
     captured = capsys.readouterr()
-    keys = {**KEYS, "context": 48, "new_tokens": 9}
+    keys: dict[str, Any] = {**KEYS, "context": 48, "new_tokens": 9}
     texts = [unmask_ids(decoder, [list(text.encode())], GREEDY, **keys)[0] for text in ("to be", "é")]
     first, second = (BYTES.decode(text.ids) for text in texts)
     assert captured.out == f"--- 1 of 2 ---\nto be{first}\n--- 2 of 2 ---\né{second}\n"

@@ -11,7 +11,7 @@ from titan_yulan.config.bind import INVALID, Binder, nearest
 from titan_yulan.config.model import ModelConfig
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import KeyPath, toml_string
-from titan_yulan.config.sections import BatchSection, LearningRateSegment, ObjectiveSection, PhaseSection, RunConfig
+from titan_yulan.config.sections import BatchSection, LearningRateSegment, PhaseSection, RunConfig
 from titan_yulan.config.subset import shares_of_unique, unique_amount
 from titan_yulan.config.values import Duration, Tokens, amount, parse_steps
 
@@ -19,13 +19,19 @@ _FOLDER_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,199}$")
 
 # key -> the value that says nothing
 _KEYS_OF_OBJECTIVES = {
-    "autoregressive": {"token_mask_share": 0.0, "orders": 1, "order_kind": "random"},
+    "autoregressive": {
+        ("objective", "token_mask_share"): 0.0,
+        ("objective", "orders"): 1,
+        ("objective", "order_kind"): "random",
+    },
     "masked_diffusion": {
-        "mask_token_id": None,
-        "minimum_mask_ratio": 1e-3,
-        "low_noise_rows": 0,
-        "validation_samples": 1,
-        "left_to_right_share": 0.0,
+        ("objective", "mask_token_id"): None,
+        ("objective", "minimum_mask_ratio"): 1e-3,
+        ("objective", "low_noise_rows"): 0,
+        ("objective", "validation_samples"): 1,
+        ("objective", "left_to_right_share"): 0.0,
+        ("eval", "likelihood"): "left_to_right",
+        ("eval", "likelihood_samples"): 32,
     },
 }
 
@@ -68,21 +74,20 @@ class _Check:
         for key in ("wandb_group", "wandb_name"):
             if getattr(config.monitor, key) and not config.monitor.wandb_project:
                 self.refuse(("monitor", key), "nothing is sent without monitor.wandb_project; set that, or remove this")
-        self.objective(config.objective)
+        if _sound(config.objective):
+            self.objective(config.objective.kind)
         self.phase_names()
         for index, phase in enumerate(config.phases):
             self.phase(phase, ("phases", index))
 
-    def objective(self, section: ObjectiveSection) -> None:
-        if not _sound(section, section.kind):
+    def objective(self, kind: str) -> None:
+        if not _sound(kind):
             return
-        for kind, keys in _KEYS_OF_OBJECTIVES.items():
-            for key, unused in keys.items():
-                value = getattr(section, key)
-                if section.kind != kind and _sound(value) and value != unused:
-                    self.refuse(
-                        ("objective", key), f"{value} has no effect with kind = {section.kind!r}; needs {kind!r}"
-                    )
+        for needed, keys in _KEYS_OF_OBJECTIVES.items():
+            for (section, key), unused in keys.items():
+                value = getattr(getattr(self.config, section), key, INVALID)
+                if kind != needed and _sound(value) and value != unused:
+                    self.refuse((section, key), f"{value} has no effect with kind = {kind!r}; needs {needed!r}")
 
     def best(self) -> None:
         """A best checkpoint needs validations to choose by."""
