@@ -9,8 +9,8 @@ With m the tokens of a continuation y after a context c, all of which the model 
                     H bounds a log-likelihood from below (Sahoo et al., arXiv 2406.07524)
 
 The times of a continuation are spread evenly, and so is what is hidden of it, which takes noise from the sum; that of
-few tokens keeps much, for 1/t has no variance. Both follow from the context alone: continuations of one context are
-compared with the same times and the same places hidden, on any number of ranks.
+few tokens keeps much, for 1/t has no finite variance. Both follow from the context alone: continuations of one context
+are compared with the same times and the same places hidden, on any number of ranks.
 
 A row ends with its continuation, and nothing behind it is seen, neither hidden nor not. A continuation that does not
 fit is cut into windows that do not overlap, each after as much of what is before it as fits.
