@@ -189,6 +189,16 @@ def markdown(rows: Sequence[Row], title: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def write(rows: Sequence[Row], title: str, folder: Path) -> None:
+    """What is measured so far, as attention.csv and attention.md; again after each row, so that a time limit that ends
+    the process leaves the rows before it."""
+    with open(folder / "attention.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [item.name for item in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    (folder / "attention.md").write_text(markdown(rows, title), encoding="utf-8")
+
+
 def read_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,17 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.batch} x length x {options.heads} heads of {options.head_dim}, {options.kv_heads} of keys; "
         f"{machine.device}, torch {machine.torch}, commit {machine.commit}, {machine.time}"
     )
-    rows = []
+    rows: list[Row] = []
+    options.out.mkdir(parents=True, exist_ok=True)
     for row in measure(options, device, start + options.budget_s):
         rows.append(row)
+        write(rows, title, options.out)
         said = row.status if row.both_ms is None else f"{row.forward_ms:.3f} ms, with backward {row.both_ms:.3f} ms"
         print(f"{row.sequence_length:6} {row.implementation:10} {said}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    with open(options.out / "attention.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    (options.out / "attention.md").write_text(markdown(rows, title), encoding="utf-8")
     print(f"wrote {options.out / 'attention.csv'} and {options.out / 'attention.md'}")
     return int(all(row.both_ms is None for row in rows))
 

@@ -13,7 +13,9 @@
 #   layers      ours, reference and hf_liger of the 2.4B model with 4 and 8 of its layers, and the extrapolation to 56
 #   attention   which backend for 30 heads of 64 and 6 key heads, at 4,096 and 28,672
 #   depth       all 56 layers, one implementation in memory at a time, 2 rows of 4,096
-#   knobs       ours at 8 layers: without WeSaR, not compiled; AdamW's foreach; the allocator's expandable segments
+#   knobs       ours at 8 layers: without WeSaR, not compiled; AdamW's foreach
+#   allocator   ours at 8 layers, with the allocator's settings as PyTorch has them: without expandable segments
+# All but the last use expandable segments, as the launcher does on GPUs.
 # The first table is there after at most 3 minutes. More arguments go to benchmarks/train_step.py.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -27,6 +29,8 @@ out="${OUT:-$root/benchmarks/results/$device}"
 peers="${PEERS:-$root/benchmarks/peers}"
 budget="${BUDGET:-500}"
 failed=0
+# what the launcher sets; the second name is the setting's older one
+export PYTORCH_ALLOC_CONF=expandable_segments:True PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 # run NAME MOST COMMAND...: what is left of the budget, but MOST seconds at most; a failure does not end the rest
 run() {
@@ -48,7 +52,7 @@ run attention 60 "$root/benchmarks/attention.py"
 run depth 150 "${step[@]}" --micro-batch 2 --layers 56 --compile on --alternate --rounds 2 --steps 8 "$@"
 run knobs 80 "${step[@]}" --micro-batch 2 --layers 8 --compile on,off --impl ours,ours_without_wesar,reference_foreach \
     --rounds 2 --steps 10 "$@"
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True run allocator 40 "${step[@]}" --micro-batch 2 --layers 8 \
-    --compile on --impl ours --rounds 2 --steps 10 "$@"
+unset PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF
+run allocator 40 "${step[@]}" --micro-batch 2 --layers 8 --compile on --impl ours --rounds 2 --steps 10 "$@"
 echo "took $SECONDS s; results in $out"
 exit "$failed"

@@ -140,7 +140,8 @@ class Run:
     logsumexp: dict[int, float]
 
 
-def run(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Run:
+def job_file(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Path:
+    """The configuration of one run, in `folder`; its run folder will be there too, named as the file is."""
     name = f"{RECIPES.index(recipe)}-{rate}-{seed}"
     job = folder / f"{name}.toml"
     text = JOB.format(
@@ -157,8 +158,13 @@ def run(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Run
         warm_up=WARM_UP,
     )
     job.write_text(text, encoding="utf-8")
+    return job
+
+
+def run(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Run:
+    job = job_file(recipe, rate, steps, seed, folder)
     ended = ""
-    if read_status(folder / name).get("state") != "finished":
+    if read_status(folder / job.stem).get("state") != "finished":
         config = configuration.load(job).config
         ensure_prepared(config, print)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -166,7 +172,7 @@ def run(recipe: Recipe, rate: float, steps: int, seed: int, folder: Path) -> Run
                 train(config)
             except RunError as error:
                 ended = str(error)
-    return read(recipe, rate, ended, folder / name)
+    return read(recipe, rate, ended, folder / job.stem)
 
 
 def read(recipe: Recipe, rate: float, ended: str, folder: Path) -> Run:

@@ -173,6 +173,7 @@ class Trainer:
         """Train what is left; returns "finished" or "stopped"."""
         resumed = self.step if self.step > self.plan.phases[0].start.step else None
         self.recorder = Recorder(self.config, self.plan, self.folder, resumed, self.world, self.recovery)
+        self.profile.limit(self.step, self.plan.end.step)
         try:
             with self.garbage:
                 return self._train_all()
@@ -347,6 +348,7 @@ class Trainer:
         ends = {first.start.step, *(phase.end.step for phase in self.plan.phases)}
         if tasks is None or not (self.step in ends or self._due(self.config.eval.task_every)):
             return
+        self.recorder.flush()  # what the device still has to do belongs to the steps
         if self.world.agree(int(self.recorder.has_evaluation(self.step))):
             return
         self.learner.set_rope_theta(self._last_phase())
@@ -356,6 +358,7 @@ class Trainer:
             for result in results:
                 if result.cut:
                     self.say(f"WARNING: {result.task}: {result.cut} contexts lost their first tokens")
+        self.settling.measured()
 
     def _adjust_mixture(self) -> None:
         """Measure perplexities and let the rows to come follow them, on all ranks alike."""
@@ -367,7 +370,7 @@ class Trainer:
         """Begin or end the trace that is due before the next step."""
         if not self.profile.due(self.step + 1):
             return
-        if self.profile.ends(self.step + 1):
+        if self.profile.begins(self.step + 1) or self.profile.ends(self.step + 1):
             self.recorder.flush()  # to wait for the device takes time of the steps, not of the trace
         with self.watchdog.patient("a trace"), self.recorder.spending("setup"):
             found = self.profile.next_step(self.step + 1, self._last_phase())

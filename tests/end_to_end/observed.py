@@ -40,7 +40,7 @@ PLAIN = (
     f'--eval.every="{VALIDATE_EVERY} steps"',
     f'--checkpoint.every="{SAVE_EVERY} steps"',
 )
-LOOKING = ("--monitor.profile_steps=7-8", f"--monitor.statistics_every={STATISTICS_EVERY}")
+LOOKING = ("--monitor.profile_steps=8-9", f"--monitor.statistics_every={STATISTICS_EVERY}")
 
 
 def observe(world: World, file: Path) -> dict[str, Any]:

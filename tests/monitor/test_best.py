@@ -48,6 +48,7 @@ def write(folder: Path, *lines: tuple[int, dict[str, float]]) -> None:
         ({"x": 2.0, "y": 4.0}, {"x": Tokens(1e9), "y": Tokens(3e9)}, 3.5),
         ({"x": 2.0, "y": 4.0}, {"y": 1.0, "z": 7.0}, 4.0),  # x is not mixed, z has no held-out part
         ({"x": 2.0, "y": 4.0}, {"z": 7.0}, 3.0),
+        ({"x": 2.0, "y": 4.0}, {"x": 0.0, "z": 7.0}, 3.0),
     ],
 )
 def test_the_mean_is_weighted_by_the_mix(losses: dict, mix: dict, mean: float) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from tests.curriculum.making import configuration, phase
 from titan_yulan.config.sections import MonitorSection
 from titan_yulan.errors import UserError
 from titan_yulan.monitor.board import WANDB_FILE, TensorBoard, layout, open_boards
+from titan_yulan.monitor.events import read_events
 
 CONFIG = configuration(phase("a", "10 steps", {"code": 1.0}))
 WANDB = MonitorSection(tensorboard=False, wandb_project="yulan", wandb_group="studies")
@@ -29,15 +32,20 @@ class Wandb:
     class Error(Exception):
         pass
 
-    def __init__(self, refuses: str = "") -> None:
+    def __init__(self, refuses: str = "", dies: Exception | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self._refuses = refuses
+        self._refuses, self._dies = refuses, dies
         self.run = SimpleNamespace(
             define_metric=lambda *names, **details: self.calls.append(("metric", *names, details)),
-            log=lambda values: self.calls.append(("log", values)),
+            log=lambda values: self._sent("log", values),
             summary={},
-            finish=lambda: self.calls.append(("finish",)),
+            finish=lambda: self._sent("finish"),
         )
+
+    def _sent(self, *call: Any) -> None:
+        self.calls.append(call)
+        if self._dies:
+            raise self._dies
 
     def init(self, **arguments: Any) -> Any:
         if self._refuses:
@@ -92,6 +100,37 @@ def test_a_refusal_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "wandb", Wandb(refuses="no API key configured"))
     with pytest.raises(UserError, match=r"^monitor.wandb_project: no API key configured; log in .*WANDB_MODE=offline"):
         open_boards(replace(CONFIG, monitor=WANDB), ["code"], tmp_path, -1)
+
+
+@pytest.mark.parametrize("error", [Wandb.Error("the service is gone"), BrokenPipeError(32, "Broken pipe")])
+@pytest.mark.parametrize("first", ["log", "finish"])
+def test_a_service_that_dies_leaves_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, first: str
+) -> None:
+    wandb = Wandb(dies=error)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    boards = open_boards(replace(CONFIG, monitor=replace(WANDB, tensorboard=True)), ["code"], tmp_path, -1)
+    for step in range(3 if first == "log" else 0):
+        boards.scalars(step, {"loss/train": 2.0})
+        boards.text("sample", "def")
+    boards.close()
+    assert [call[0] for call in wandb.calls[3:]] == [first] and wandb.run.summary == {}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("WARNING: Weights & Biases failed") and str(error) in line
+    assert [(event["event"], event["message"]) for event in read_events(tmp_path)] == [("wandb failed", line)]
+    if first == "log":
+        assert scalars(tmp_path / "tensorboard", "loss/train") == [(step, 2.0) for step in range(3)]
+
+
+def test_only_a_full_disk_is_kept_from_the_threads_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[BaseException | None] = []
+    monkeypatch.setattr(threading, "excepthook", before := lambda arguments: seen.append(arguments.exc_value))
+    board = TensorBoard(tmp_path, -1, ["code"])
+    for error in (OSError(errno.ENOSPC, "full"), full := ValueError("another")):
+        threading.excepthook(threading.ExceptHookArgs((type(error), error, None, None)))
+    assert seen == [full]
+    board.close()
+    assert threading.excepthook is before
 
 
 def test_a_missing_package_is_a_mistake_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

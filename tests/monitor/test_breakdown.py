@@ -102,6 +102,24 @@ def test_operators_count_without_what_they_call() -> None:
         breakdown(events, SIZES, "ProfilerStep")
 
 
+def test_what_lies_between_steps_is_left_out() -> None:
+    """Also two at once, one over the end of the steps, and what runs in them."""
+    events = [
+        event("ProfilerStep#1", 0, 50, "user_annotation"),
+        event("ProfilerStep#2", 50, 50, "user_annotation"),
+        event("aten::mm", 5, 10, **{"Input Dims": [[64, HIDDEN], [HIDDEN, HIDDEN]]}),
+        event("between steps: validation", 40, 20, "user_annotation"),
+        event("aten::softmax", 41, 8),
+        event("between steps: checkpoint", 45, 25, "user_annotation"),
+        event("aten::add", 65, 15),
+        event("between steps: checkpoint", 90, 30, "user_annotation"),
+    ]
+    shared = breakdown(events, SIZES, "ProfilerStep", aside="between steps: ")
+    parts = {name: round(1e6 * value) for name, value in shared.seconds.items() if value}
+    assert parts == {PROJECTIONS: 10, ELEMENTWISE: 10, IDLE: 40} and shared.window == pytest.approx(60e-6)
+    assert breakdown(events, SIZES, "ProfilerStep", aside="no such").window == pytest.approx(100e-6)
+
+
 def test_kernels_belong_to_the_operator_that_launched_them() -> None:
     """Two host threads, two streams, launches through the runtime and the driver, one from a thread that has no
     operators, and kernels that nobody launched."""
@@ -137,6 +155,8 @@ def test_kernels_belong_to_the_operator_that_launched_them() -> None:
         ("mkldnn::_linear_pointwise", [[2, 32, 96], [HIDDEN, 96]], MLP),
         ("aten::bmm", [[8, 32, 16], [8, 16, 32]], ATTENTION),
         ("aten::to", [[2, 32, 250], []], HEAD),
+        ("aten::logsumexp", [[64, 250], []], HEAD),
+        ("aten::logsumexp", [[2, 4, 32, 32], []], ATTENTION),  # of the scores, in a step that takes statistics
         ("aten::embedding_dense_backward", [[64, HIDDEN], [64]], ELEMENTWISE),
         ("aten::_foreach_norm", [[[250, HIDDEN]]], OPTIMIZER),
     ],

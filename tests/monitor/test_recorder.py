@@ -122,7 +122,11 @@ def test_validation_losses_come_with_their_change_since_the_first(
     assert first == "validation at step 0: code 4.0000  math 2.0000"
     assert second == "validation at step 5: code 3.0000 (-1.0000)  math 2.5000 (+0.5000)"
     lines = read_lines(tmp_path / "validation.jsonl")
-    assert lines[1] == {"step": 5, "tokens": 640, "validation_loss": {"code": 3.0, "math": 2.5}}
+    assert lines[1] == {"step": 5, "tokens": 640, "loss": 2.75, "validation_loss": {"code": 3.0, "math": 2.5}}
+    recorder.validation(6, torch.tensor([6.0, 10.0]), torch.tensor([2.0, 8.0]))  # weighted by tokens
+    recorder.validation(7, torch.zeros(2), torch.zeros(2))
+    third, fourth = read_lines(tmp_path / "validation.jsonl")[2:]
+    assert third["loss"] == 1.6 and fourth == {"step": 7, "tokens": 896, "validation_loss": {}}
 
 
 def test_a_source_that_was_added_since_has_no_change_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +183,20 @@ def test_statistics_have_lines_of_their_own_that_go_back(tmp_path: Path) -> None
     assert [line["step"] for line in read_lines(tmp_path / "intervals.jsonl")] == [4]
     make(tmp_path, step=3)  # a start that measures no statistics takes back those that come no more
     assert read_lines(tmp_path / "statistics.jsonl") == lines[:1]
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "told"),
+    [(11, None, "steps 1-10"), (10, None, ""), (4, 8, "steps 9-10"), (4, 7, ""), (0, None, ""), (20, 10, "")],
+)
+def test_statistics_that_are_never_due_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], every: int, step: int | None, told: str
+) -> None:
+    config = replace(CONFIG, monitor=replace(MONITOR, statistics_every=every))
+    world, section = World(0, 2, torch.device("cpu"), cast(Any, None)), RecoverySection()
+    Recorder(config, PLAN, tmp_path, step, world, Recovery(section, PLAN, tmp_path, True))
+    expected = f"note: monitor.statistics_every = {every}: none of the {told} is due, so there are none\n"
+    assert capsys.readouterr().out == (expected if told else "")
 
 
 def test_the_end_accounts_for_what_came_behind_the_last_printed_line(tmp_path: Path) -> None:

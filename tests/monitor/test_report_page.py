@@ -74,7 +74,9 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir()
     write(folder, "metrics.jsonl", [metrics_line(step) for step in range(1, 61)])
     losses = {name: 3.5 for name in HOSTILE}
-    write(folder, "validation.jsonl", [{"step": s, "tokens": 128 * s, "validation_loss": losses} for s in (0, 20, 60)])
+    measured = [{"step": s, "tokens": 128 * s, "validation_loss": losses} for s in (0, 20, 60)]
+    measured[1]["loss"] = 3.25  # over tokens; an earlier version wrote the other lines
+    write(folder, "validation.jsonl", measured)
     write(folder, "evaluation.jsonl", [
         {"step": 0, "tokens": 0, "tasks": {"<em>task</em>": {"accuracy": 0.25}}},
         {"step": 20, "tokens": 2560, "tasks": {"<em>task</em>": {"accuracy": 0.5}}},
@@ -84,6 +86,8 @@ def run(tmp_path: Path) -> Path:
         "hidden/mlp_output/layer_00/rms",
         "hidden/mlp_output/layer_03/rms",
         "hidden/mlp_output/layer_03/mean",
+        "hidden/mlp_residual/layer_03/variance",
+        "hidden/mlp_output/layer_03/variance",
         "update/<a>",
     ]
     values = {tag: 0.5 + index for index, tag in enumerate(tags)}
@@ -183,7 +187,8 @@ def test_steps_are_those_of_the_file(run: Path) -> None:
     weights = {step: 0.5 ** (ages[step] / 5) for step, _ in finite}
     expected = sum(weights[step] * loss for step, loss in finite) / sum(weights.values())
     assert smooth["y"][-1] == pytest.approx(expected, rel=1e-6)
-    assert validation["y"] == [3.5] * 3 and data["tables"]["validation"]["step"] == [0, 20, 60]
+    assert validation["y"] == [3.5, 3.25, 3.5] and data["tables"]["validation_mean"]["step"] == [0, 20, 60]
+    assert data["tables"]["validation"]["step"] == [0, 20, 60]
     (norm,) = chart(data, "gradient_norm")["series"]
     assert norm["y"] == [pytest.approx(line["gradient_norm"], rel=1e-6) for line in lines]
     assert [(p["name"], p["first_step"], p["last_step"]) for p in data["phases"]] == [
@@ -217,6 +222,8 @@ def test_statistics_intervals_and_benchmarks(run: Path) -> None:
         ("layer 0", 0.5, [0, 2]), ("layer 3", 1.5, [1, 2]),
     ]  # fmt: skip
     assert not central["folded"] and chart(page.data, "statistics/hidden/mlp_output/mean")["folded"]
+    assert not chart(page.data, "statistics/hidden/mlp_residual/variance")["folded"]
+    assert chart(page.data, "statistics/hidden/mlp_output/variance")["folded"]
     assert page.data["tables"]["statistics"]["step"] == [10, 20, 30]
     shares = {s["name"]: s["y"] for s in chart(page.data, "intervals/shares")["series"]}
     assert shares == {"compute": [0.6, 0.6], "data wait": [0.2, 0.2], "validation": [0.2, 0.2]}

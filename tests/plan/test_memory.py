@@ -20,14 +20,17 @@ from titan_yulan.config.sections import (
     ActivationCheckpointSection,
     BatchSection,
     CheckpointSection,
+    ObjectiveSection,
     ParallelSection,
     RunConfig,
 )
 from titan_yulan.config.values import Duration
 from titan_yulan.curriculum.plan import Plan
+from titan_yulan.data.loader import Batch
 from titan_yulan.errors import UserError
 from titan_yulan.model import Decoder
 from titan_yulan.model.sharding import local
+from titan_yulan.objective.next_token import NextToken
 from titan_yulan.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan_yulan.parallel.degrees import Degrees
 from titan_yulan.parallel.mesh import build_mesh
@@ -44,6 +47,8 @@ from titan_yulan.plan.memory import (
     inspect_machine,
     ranks_that_fit,
 )
+from titan_yulan.plan.pattern import Pattern
+from titan_yulan.plan.trace import LiveBytes
 
 YULAN_MINI = PRESETS["yulan_mini_2b"]
 # Of its tied embedding, and of the matrices and biases of a block: q and o, k and v, the MLP.
@@ -140,8 +145,37 @@ def test_the_total_is_that_of_the_device() -> None:
     assert need.total == need.state + need.gathered + need.activations + need.working
 
 
+def test_drawn_masks_live_through_a_step() -> None:
+    """A byte for each pair of tokens, for all rows that a rank reads in a step, and what it takes to draw them."""
+    rows, length = 4, 512
+    config = yulan_mini(rows=rows, length=length)
+    plain = estimate_memory(config, 8)
+    drawn = estimate_memory(replace(config, objective=ObjectiveSection(token_mask_share=0.5)), 8)
+    masked = estimate_memory(replace(config, objective=ObjectiveSection(document_mask=True)), 8)
+    assert (plain.inputs, masked.inputs, drawn.inputs) == (0, 0, 32 * rows * length**2)  # 1008 / 8 rows, by 4
+    assert drawn.activations == masked.activations == plain.activations + 56 * rows * length * 2 * (length + 3 * 64)
+    assert drawn.total == drawn.state + drawn.gathered + drawn.activations + drawn.inputs + drawn.working
+    objective, size = NextToken(ObjectiveSection(token_mask_share=0.5), 1), (rows, length + 1)
+    batch = Batch(
+        tokens=torch.zeros(size, dtype=torch.int64),
+        document_ids=torch.zeros(size, dtype=torch.int64),
+        loss_mask=torch.ones(size, dtype=torch.bool),
+        source=torch.zeros(rows, dtype=torch.int64),
+        position=torch.arange(rows),
+        weight=torch.ones(rows),
+    )
+    with LiveBytes() as live:
+        made = objective.inputs(batch).visible
+    assert made is not None and made.nbytes * 32 == drawn.inputs
+    # where a step keeps next to nothing, drawing is a moment of its own
+    tiny = replace(yulan_mini(rows=rows, length=length, recompute="full"), model=small_decoder.CONFIG)
+    moments = estimate_memory(replace(tiny, objective=ObjectiveSection(token_mask_share=0.5)), 8)
+    assert dict(moments.moments)["drawing masks"] + moments.activations == pytest.approx(live.peak, rel=0.02)
+
+
 def activations(degrees: Degrees, rows: int, length: int, size: int, masked: bool = False) -> Activations:
-    return Activations(small_decoder.CONFIG, degrees, rows, length, size, masked)
+    pattern = Pattern(ObjectiveSection(document_mask=masked))
+    return Activations(small_decoder.CONFIG, degrees, rows, length, size, pattern)
 
 
 @pytest.mark.parametrize("masked", [False, True])

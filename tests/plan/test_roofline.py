@@ -29,9 +29,9 @@ from titan_yulan.monitor.flops import FORMULAS, device_peak
 from titan_yulan.parallel.degrees import Degrees
 from titan_yulan.plan.device_picture import device_lines, stages
 from titan_yulan.plan.devices import DEVICES, Assumptions, Device, choose
-from titan_yulan.plan.memory import GIB, phase_memory
+from titan_yulan.plan.memory import GIB, fills_ranks, phase_memory
 from titan_yulan.plan.roofline import StepTime, step_time
-from titan_yulan.plan.suggest import fills_ranks, suggest, usable_bytes
+from titan_yulan.plan.suggest import suggest, usable_bytes
 from titan_yulan.plan.traffic import Exchange, exchanges
 
 YULAN_MINI = PRESETS["yulan_mini_2b"]
@@ -83,10 +83,35 @@ def test_what_is_recomputed_counts() -> None:
     assert again["head + loss"] == once["head + loss"]
 
 
-def test_a_document_mask_costs_the_whole_square() -> None:
-    masked = replace(yulan_mini(), objective=ObjectiveSection(document_mask=True))
-    whole, half = (timed(config, 8).categories["attention"].work.flops for config in (masked, yulan_mini()))
-    assert whole == 2 * half
+@pytest.mark.parametrize(
+    ("objective", "square", "mask"),
+    [
+        ({"document_mask": True}, 2, True),
+        ({"token_mask_share": 0.1}, 2, True),
+        ({"kind": "masked_diffusion"}, 2, False),
+        ({"orders": 3, "restart_positions": True}, 1, False),
+    ],
+)
+@pytest.mark.parametrize("layout", [{}, {"context": 2}])
+def test_a_mask_and_diffusion_cost_the_whole_square(
+    objective: dict[str, Any], square: int, mask: bool, layout: dict[str, Any]
+) -> None:
+    config = yulan_mini(**layout)
+    given = replace(config, objective=ObjectiveSection(**objective))
+    other, plain = (timed(one, 8).categories["attention"].work for one in (given, config))
+    assert other.flops == square * plain.flops
+    # keys and values for 30 heads in the place of 6, and a number for each pair of tokens, read in both passes
+    ranks = layout.get("context", 1)
+    more = 2 * (1920 - 384) * ranks + 4096 if mask else 0
+    tokens = 1008 * 4096 // 8
+    assert other.bytes - plain.bytes == pytest.approx(56 * tokens * 2 * 3 * more, abs=1)
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "masked_diffusion"])
+def test_no_causal_utilisation_where_nothing_is_causal(kind: str) -> None:
+    plan = Plan(replace(yulan_mini(), objective=ObjectiveSection(kind=kind)))
+    text = "\n".join(device_lines(plan, stages(plan, 8, H100, IDEAL), 8, H100, IDEAL))
+    assert "% published" in text and "% palm" in text and ("% causal" in text) == (kind == "autoregressive")
 
 
 def test_a_category_takes_what_is_slower() -> None:
@@ -196,11 +221,33 @@ def test_own_numbers() -> None:
         (("h100", "", ("memory=-1",)), "'-1' is no number above 0"),
         (("h100", "", ("memroy=1",)), "the names are memory, peak"),
         (("h100", "", ("usable=1.5",)), "a share, at most 1"),
+        (("h100", "", ("node=0.5",)), "--assume node=0.5: GPUs of a node, '0.5' is no whole number of at least 1"),
+        (("h100", "450,50,0.5", ()), "--interconnect 450,50,0.5: GPUs of a node, '0.5' is no whole number"),
     ],
 )
 def test_mistakes_in_devices(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(*arguments)
+
+
+WORDS = st.sampled_from(["", "x", "nan", "inf", "-inf", "0", "-1", "1e999", "0.5", "1.5", "8", "1e3"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["node", "link", "hop", "usable", "nodes", ""]),
+    value=WORDS | st.floats(allow_nan=True).map(str),
+    third=WORDS | st.floats(allow_nan=True).map(str),
+)
+def test_any_number_is_used_or_refused(name: str, value: str, third: str) -> None:
+    """What `choose` lets through, a forecast can compute with."""
+    for arguments in (("h100", "", [f"{name}={value}"]), ("h100", f"450,50,{third}", [])):
+        try:
+            device, assumptions = choose(*arguments)
+        except UserError:
+            continue
+        assert device.node >= 1 and min(assumptions.usable, assumptions.hop, device.link) > 0
+        assert timed(yulan_mini(context=2), 16, device, assumptions).seconds > 0
 
 
 @settings(max_examples=10, deadline=None)

@@ -24,7 +24,8 @@ def mean_validation_loss(losses: dict[str, float], mix: dict[str, float | Tokens
     Args:
         losses: of a line of `validation.jsonl`, by source.
     """
-    weights = {name: amount(mix[name]) for name in losses if name in mix} or dict.fromkeys(losses, 1.0)
+    mixed = {name: amount(mix[name]) for name in losses if name in mix and amount(mix[name])}
+    weights = mixed or dict.fromkeys(losses, 1.0)
     return sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
 
 

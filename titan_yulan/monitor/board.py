@@ -8,12 +8,14 @@ import math
 import re
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.errors import UserError
+from titan_yulan.monitor.events import append_event
 
 # In the run folder: the id of the run at Weights & Biases.
 WANDB_FILE = "wandb_run"
@@ -36,7 +38,7 @@ class TensorBoard:
     """TensorBoard files; what an earlier start wrote of steps after `step` is purged, so that curves do not double."""
 
     def __init__(self, folder: Path, step: int, sources: Sequence[str]) -> None:
-        threading.excepthook = _forget_full_disk
+        self._previous_hook, threading.excepthook = threading.excepthook, self._forget_full_disk
         self._folder = folder
         self._open(step)
         self._writer.add_custom_scalars(layout(sources))
@@ -62,14 +64,23 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._previous_hook
+
+    def _forget_full_disk(self, arguments: threading.ExceptHookArgs) -> None:
+        """Its thread would print a traceback when the disk is full; its next call raises the same error."""
+        error = arguments.exc_value
+        if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            self._previous_hook(arguments)
 
 
 class WeightsAndBiases:
     """A run at Weights & Biases; every start on the same run folder goes on with the same one.
 
     What was sent there cannot be taken back: steps that are trained again after a crash or a bad step are there twice,
-    at the same place of the axis `step`.
+    at the same place of the axis `step`. When its service fails during the run, nothing more is sent and the run goes on.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
@@ -91,27 +102,46 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=str(folder),
             )
+            # its own count of steps cannot go back
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
         except wandb.Error as error:
             raise UserError(
                 f"monitor.wandb_project: {error}; log in (wandb login), keep the files here (WANDB_MODE=offline), or "
                 "remove the key"
             ) from error
-        # its own count of steps cannot go back
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._folder, self._lost = folder, False
+
+    @contextmanager
+    def _sending(self) -> Iterator[None]:
+        try:
+            yield
+        # whatever the package raises when its service dies or the network goes: the files of the run are complete
+        except Exception as error:
+            self._lost = True
+            line = f"WARNING: Weights & Biases failed ({type(error).__name__}: {error}); no more curves go there"
+            print(line, flush=True)
+            with suppress(OSError):  # a full disk ends the run where something is written that must not be missing
+                append_event(self._folder, "wandb failed", message=line)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"step": step, **{tag: value for tag, value in values.items() if math.isfinite(value)}})
+        if not self._lost:
+            with self._sending():
+                self._run.log({"step": step, **{tag: value for tag, value in values.items() if math.isfinite(value)}})
 
     def text(self, tag: str, text: str) -> None:
-        self._run.summary[tag] = text
+        if not self._lost:
+            with self._sending():
+                self._run.summary[tag] = text
 
     def rewind(self, step: int) -> None: ...
 
     def flush(self) -> None: ...
 
     def close(self) -> None:
-        self._run.finish()
+        if not self._lost:
+            with self._sending():
+                self._run.finish()
 
 
 class Boards:
@@ -213,9 +243,3 @@ def layout(sources: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
             "memory, GiB": chart(r"memory/.*"),
         },
     }
-
-
-def _forget_full_disk(arguments: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread would print a traceback when the disk is full; its next call raises the same error."""
-    if not (isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in (errno.ENOSPC, errno.EDQUOT)):
-        threading.__excepthook__(arguments)

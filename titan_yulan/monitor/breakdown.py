@@ -39,7 +39,7 @@ _NAMES = (
     # collectives, and FSDP2's copies before and behind them
     (re.compile(r"nccl|gloo:|c10d|^fsdp::|^FSDP::", re.IGNORECASE), COMMUNICATION),
     (re.compile(r"^Optimizer\.|_fused_adam|::_foreach_"), OPTIMIZER),
-    (re.compile(r"cross_entropy|nll_loss|log_softmax|logsumexp"), HEAD),
+    (re.compile(r"cross_entropy|nll_loss|log_softmax"), HEAD),
     (re.compile(r"attention|flash_(fwd|bwd)|fmha|sdpa|::_softmax|::b(add)?mm$", re.IGNORECASE), ATTENTION),
 )
 _GENERATED = re.compile(r"^triton_(poi|red|per)_")  # Inductor's fused loops are named after neighbours, too
@@ -88,21 +88,34 @@ def read_trace(path: Path) -> list[Event]:
         return json.load(file)["traceEvents"]
 
 
-def breakdown(events: Sequence[Event], sizes: Sizes, annotation: str) -> Breakdown:
+def breakdown(events: Sequence[Event], sizes: Sizes, annotation: str, aside: str | None = None) -> Breakdown:
     """Seconds by category in the time from the first to the last range whose name begins with `annotation`.
 
+    Args:
+        aside: beginning of the names of ranges whose time is left out, though it lies in between.
+
     Raises:
-        ValueError: there is no such range in the trace.
+        ValueError: there is no range of that name in the trace.
     """
-    ranges = [
-        (e["ts"], e["ts"] + e["dur"])
-        for e in events
-        if e.get("cat") == "user_annotation" and e["name"].startswith(annotation)
-    ]
+    ranges = _ranges(events, annotation)
     if not ranges:
         raise ValueError(f"the trace has no range {annotation!r}")
-    window = min(start for start, _ in ranges), max(end for _, end in ranges)
-    return share_out(intervals(events, sizes), window, unit=1e-6)
+    found, end = intervals(events, sizes), max(end for _, end in ranges)
+    parts, now = [], min(start for start, _ in ranges)
+    for start, back in [*sorted(_ranges(events, aside) if aside else []), (end, end)]:
+        if now < start:
+            parts.append(share_out(found, (now, min(start, end)), unit=1e-6))
+        now = min(max(now, back), end)
+    seconds = {name: sum(part.seconds[name] for part in parts) for name in CATEGORIES}
+    return Breakdown(sum(part.window for part in parts), seconds, sum(part.communication for part in parts))
+
+
+def _ranges(events: Iterable[Event], name: str) -> list[tuple[float, float]]:
+    return [
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"].startswith(name)
+    ]
 
 
 def share_out(found: Iterable[Interval], window: tuple[float, float], unit: float = 1.0) -> Breakdown:
@@ -223,6 +236,9 @@ def category(kernel: str, around: Sequence[Event], sizes: Sizes) -> str:
         if _PACKED in event["name"]:
             # what is done to the weights of one product: its activations' width or its weights' sizes tell which
             return MLP if sizes.intermediate in _features(_dimensions(event)) else PROJECTIONS
+    for event in around:
+        if "logsumexp" in event["name"]:  # of logits, or, in steps that take statistics, of attention's scores
+            return HEAD if any(_width(d) == sizes.vocabulary for d in _dimensions(event)) else ATTENTION
     if around and "embedding" not in names[-1] and any(_width(d) == sizes.vocabulary for d in _dimensions(around[-1])):
         return HEAD
     return ELEMENTWISE

@@ -26,6 +26,7 @@ from titan_yulan.config.model import ModelConfig, count_parameters
 _PEAKS = {
     "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +27,10 @@ from titan_yulan.parallel.process import World
 # setup       the dry run, changing the layout, going back, beginning and writing a trace
 # compute     the rest: steps, with what ranks exchange in them
 Kind = Literal["data_wait", "checkpoint", "validation", "setup", "compute"]
+
+# In traces, before the kind: the beginning of names of ranges that are no part of a step. `setup` has none, for
+# traces themselves begin and end there.
+BETWEEN_STEPS = "between steps: "
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class Intervals:
             return
         self._inside, begin = True, time.perf_counter()
         try:
-            yield
+            with nullcontext() if kind == "setup" else torch.profiler.record_function(BETWEEN_STEPS + kind):
+                yield
         finally:
             self._inside = False
             self._spent[kind] += time.perf_counter() - begin

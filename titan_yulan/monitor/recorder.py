@@ -77,6 +77,10 @@ class Recorder:
         self.failure: str | None = None
         if not self._main:
             return
+        begun, every = plan.phases[0].start.step if step is None else step, config.monitor.statistics_every
+        if every and begun < plan.end.step and begun // every == plan.end.step // every:
+            steps = f"{begun + 1}-{plan.end.step}"
+            self.say(f"note: monitor.statistics_every = {every}: none of the steps {steps} is due, so there are none")
         step = -1 if step is None else step
         self._lines = RunLines(folder, step, self._kept(folder))
         if lines := read_lines(folder / "validation.jsonl"):
@@ -244,14 +248,15 @@ class Recorder:
         self._first_losses = self._first_losses or losses
         if self._main:
             with self._writing():
+                whole = {"loss": sum(totals) / sum(counts)} if losses else {}
                 if step not in self._validated:  # a start that measures for the mixture may do it again
                     token = self._plan.position(step).token
-                    self._lines["validation"].write([{"step": step, "tokens": token, "validation_loss": losses}])
+                    line = {"step": step, "tokens": token, **whole, "validation_loss": losses}
+                    self._lines["validation"].write([line])
                     self._validated.add(step)
                 scalars = {f"loss/val_{name}": loss for name, loss in losses.items()}
-                if losses:
-                    mean = sum(totals) / sum(counts)
-                    scalars |= {"loss/val": mean, "loss/val_perplexity": _perplexity(mean)}
+                if whole:
+                    scalars |= {"loss/val": whole["loss"], "loss/val_perplexity": _perplexity(whole["loss"])}
                 self._board.scalars(step, scalars)
                 self._board.flush()
         return losses

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from titan_yulan.curriculum.adaptive import MIXTURE_LOG
-from titan_yulan.monitor.report_series import Binned, Steps, count_lines, each_line, rounded
+from titan_yulan.monitor.report_series import Binned, Steps, count_lines, each_line, validation_mean
 
 NUMBERS = 60_000  # of curves' points in one group of charts (sources, statistics): what bounds the size of the page
 _MOST_BINS, _LEAST_BINS = 300, 40
@@ -91,7 +91,10 @@ def draw(run: Path, steps: Steps) -> Charts:
     """All charts for which the run folder has values."""
     charts = Charts()
     validations = _read_binned(run / "validation.jsonl", lambda line: line["validation_loss"])
-    _optimisation(charts, steps, validations)
+    means = _read_binned(run / "validation.jsonl", lambda line: {"mean": validation_mean(line)})
+    _optimisation(charts, steps, means)
+    if validations.step:
+        charts.binned("validation", validations)
     _sources(charts, steps, validations)
     _mixture(charts, run, steps)
     _performance(charts, run)
@@ -133,22 +136,19 @@ def _means(bins: Binned, what: str, extremes: bool = True) -> str:
     )
 
 
-def _optimisation(charts: Charts, steps: Steps, validations: Binned) -> None:
+def _optimisation(charts: Charts, steps: Steps, means: Binned) -> None:
     kept = steps.kept
     table = charts.table("steps", [row["step"] for row in kept], [row["tokens"] for row in kept])
     column = {name: [row[name] for row in kept] for name in ("loss", "smooth", "gradient_norm", "learning_rate")}
     loss = [Series("each step", table, column["loss"], mark="raw")]
     loss.append(Series(f"smoothed (half-life {steps.half_life} steps)", table, column["smooth"]))
-    if validations.step:
-        rows = zip(*validations.mean.values(), strict=True)
-        known = [[value for value in row if value is not None] for row in rows]
-        means = [rounded(sum(row) / len(row)) if row else None for row in known]
-        where = charts.binned("validation", validations)
-        loss.append(Series("validation (mean of the sources)", where, means, color=1, mark="points"))
+    if "mean" in means.mean:
+        where = charts.binned("validation_mean", means)
+        loss.append(Series("validation (all sources)", where, means.mean["mean"], color=1, mark="points"))
     charts.charts += [
         Chart(
             "loss", "Training", "Loss", "nat per token", loss, wide=True,
-            note=_means(validations, "validations", extremes=False),
+            note=_means(means, "validations", extremes=False),
         ),
         Chart(
             "learning_rate", "Training", "Learning rate", "", [Series("learning rate", table, column["learning_rate"])]
@@ -293,7 +293,10 @@ def _is_central(group: str) -> bool:
     """What shows an instability first; the rest is folded."""
     head, *rest = group.split("/")
     if head == "hidden":
-        return rest[-1] == "rms" and rest[0].endswith(("_residual", "_output"))
+        residual = rest[0].endswith("_residual")
+        return (rest[-1] == "variance" and residual) or (
+            rest[-1] == "rms" and (residual or rest[0].endswith("_output"))
+        )
     return head in ("update", "gradient", "attention")
 
 

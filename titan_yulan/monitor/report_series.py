@@ -35,6 +35,13 @@ def count_lines(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
+def validation_mean(line: Mapping[str, Any]) -> float | None:
+    """Of a line of validation.jsonl: the mean over the tokens of all sources, which TensorBoard shows as `loss/val`;
+    where an earlier version wrote the line, the mean of the sources. None: nothing was measured, or not finite."""
+    known = [value for value in line["validation_loss"].values() if value is not None]
+    return line.get("loss", sum(known) / len(known) if known else None)
+
+
 def rounded(value: float | None) -> float | None:
     """Seven digits; None for what JSON cannot hold."""
     if value is None or not math.isfinite(value):

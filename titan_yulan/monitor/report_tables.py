@@ -16,7 +16,7 @@ from titan_yulan.monitor.flops import FORMULA
 from titan_yulan.monitor.metrics import read_status
 from titan_yulan.monitor.report_charts import Charts
 from titan_yulan.monitor.report_events import History
-from titan_yulan.monitor.report_series import Steps, each_line
+from titan_yulan.monitor.report_series import Steps, each_line, validation_mean
 
 _UNKNOWN = "not known"
 
@@ -97,12 +97,9 @@ def _last_validation(run: Path) -> str:
     last: dict[str, Any] | None = None
     for line in each_line(run / "validation.jsonl"):
         last = line
-    if not last or not last["validation_loss"]:
+    if not last or (mean := validation_mean(last)) is None:
         return ""
-    known = [value for value in last["validation_loss"].values() if value is not None]
-    if not known:
-        return ""
-    return f"{_number(sum(known) / len(known))} nat per token at step {last['step']:,} (mean of {len(known)} sources)"
+    return f"{_number(mean)} nat per token at step {last['step']:,} (all sources)"
 
 
 def _number(value: float | None) -> str:

@@ -9,10 +9,11 @@ from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.errors import UserError
 from titan_yulan.plan.devices import Assumptions, Device
-from titan_yulan.plan.memory import GIB, Memory, phase_memory
+from titan_yulan.plan.memory import GIB, Memory, fills_ranks, phase_memory
+from titan_yulan.plan.pattern import Pattern
 from titan_yulan.plan.picture import amount
 from titan_yulan.plan.roofline import StepTime, step_time
-from titan_yulan.plan.suggest import fills_ranks, suggest, usable_bytes
+from titan_yulan.plan.suggest import suggest, usable_bytes
 
 _DAY = 86_400
 _FORMULAS = ("published", "palm", "causal")
@@ -111,10 +112,11 @@ def _stage_lines(config: RunConfig, stage: Stage, gpus: int, device: Device, ass
 
 def _memory_lines(memory: Memory, device: Device, assumptions: Assumptions) -> Iterator[str]:
     room = usable_bytes(device, assumptions)
+    inputs = f"masks of a step {memory.inputs / GIB:.1f}, " if memory.inputs else ""
     yield (
         f"  memory {memory.total / GIB:.1f} GiB a rank, {room / GIB:.1f} usable: state {memory.state / GIB:.1f}, "
         f"gathered {memory.gathered / GIB:.1f}, activations {memory.activations / GIB:.1f}, "
-        f"working {memory.working / GIB:.1f}"
+        f"{inputs}working {memory.working / GIB:.1f}"
     )
     yield f"    activations: {_parts(memory.kinds)}"
     yield f"    working, the largest of: {_parts(memory.moments)}"
@@ -166,7 +168,8 @@ def _table(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
 def _speed_lines(config: RunConfig, stage: Stage, gpus: int, device: Device) -> Iterator[str]:
     step, phase = stage.step, stage.phases[0]
     rate = step.tokens_per_second
-    shares = [f"{step.mfu(name, config.model, phase.sequence_length, device):.1%} {name}" for name in _FORMULAS]
+    formulas = [name for name in _FORMULAS if name != "causal" or Pattern(config.objective).causal]
+    shares = [f"{step.mfu(name, config.model, phase.sequence_length, device):.1%} {name}" for name in formulas]
     idle = f"; {step.idle:.1%} of the computed rows are no rows of the batch" if step.idle else ""
     yield f"  {rate:,.0f} tokens/s, {rate / gpus:,.0f} a GPU; MFU {', '.join(shares)}{idle}"
     tokens = sum(one.rows_total for one in stage.phases) * phase.sequence_length

@@ -74,6 +74,7 @@ class Assumptions:
 
 
 _OF_DEVICE = ("memory", "peak", "bandwidth", "link", "network", "node")
+_SHARES = ("products", "attention", "copies", "links", "usable")
 
 
 def choose(name: str, interconnect: str = "", assume: Sequence[str] = ()) -> tuple[Device, Assumptions]:
@@ -112,7 +113,7 @@ def _interconnect(text: str) -> dict[str, float]:
     if len(parts) not in (2, 3):
         raise UserError(f"--interconnect {text}: write LINK,NETWORK or LINK,NETWORK,NODE, such as 450,50 or 300,25,4")
     names = ("link", "network", "node")
-    return {name: _positive(f"--interconnect {text}", part) for name, part in zip(names, parts, strict=False)}
+    return {name: _number(f"--interconnect {text}", name, part) for name, part in zip(names, parts, strict=False)}
 
 
 def _numbers(assume: Sequence[str]) -> list[tuple[str, float]]:
@@ -122,11 +123,17 @@ def _numbers(assume: Sequence[str]) -> list[tuple[str, float]]:
         name, _, value = text.partition("=")
         if name not in known:
             raise UserError(f"--assume {text}: write NAME=NUMBER; the names are {', '.join(known)}")
-        number = _positive(f"--assume {text}", value)
-        if name in ("products", "attention", "copies", "links", "usable") and number > 1:
-            raise UserError(f"--assume {text}: a share, at most 1")
-        pairs.append((name, number))
+        pairs.append((name, _number(f"--assume {text}", name, value)))
     return pairs
+
+
+def _number(where: str, name: str, text: str) -> float:
+    number = _positive(where, text)
+    if name == "node" and not number.is_integer():
+        raise UserError(f"{where}: GPUs of a node, {text!r} is no whole number of at least 1")
+    if name in _SHARES and number > 1:
+        raise UserError(f"{where}: a share, at most 1")
+    return number
 
 
 def _positive(where: str, text: str) -> float:

@@ -13,15 +13,17 @@ from pathlib import Path
 from titan_yulan.config.model import ModelConfig, count_parameters
 from titan_yulan.config.sections import ActivationCheckpointSection, PhaseSection, RunConfig
 from titan_yulan.curriculum.plan import Plan
+from titan_yulan.data.partition import micro_batches
 from titan_yulan.errors import UserError
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
+from titan_yulan.plan.pattern import Pattern
 
 GIB = 2**30
 _STATE_BYTES = 16  # float32 weight, gradient and Adam's two moments
 _CHECKPOINT_BYTES = 12  # float32 weight and Adam's two moments
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 CHUNK_TOKENS = 4096  # of logits at a time, on a GPU (kernels/linear_cross_entropy.py)
-_MOST_RANKS = 4096  # that are tried
+MOST_RANKS = 4096  # that are tried
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Memory:
         gathered: whole weights in the compute type, and whole gradients where they are kept.
         activations: what autograd keeps from forward until backward.
         working: what comes and goes beside it, at the worst moment.
+        inputs: masks that the objective draws for all rows of a step; 0 where it draws none.
         host: the state, where it is offloaded.
         staging: of the host's memory, for the copies that an asynchronous checkpoint is written from.
         kinds: `activations` by what they are.
@@ -79,6 +82,7 @@ class Memory:
     gathered: int
     activations: int
     working: int
+    inputs: int = 0
     host: int = 0
     staging: int = 0
     kinds: tuple[tuple[str, int], ...] = ()
@@ -87,7 +91,7 @@ class Memory:
     @property
     def total(self) -> int:
         """On the device."""
-        return self.state + self.gathered + self.activations + self.working
+        return self.state + self.gathered + self.activations + self.inputs + self.working
 
 
 def estimate_memory(config: RunConfig, world: int) -> Memory:
@@ -122,10 +126,14 @@ def phase_memory(config: RunConfig, phase: PhaseSection, world: int, chunk_token
     gathered = size * (weights.root + (2 * weights.block if layout.reshard_after_forward else blocks))
     if layout.synchronize == "last":
         gathered += reduced * (weights.root + blocks)
-    rows = phase.batch.micro_batch_size
-    shape = Activations(model, degrees, rows, phase.sequence_length, size, config.objective.document_mask)
+    rows, pattern = phase.batch.micro_batch_size, Pattern(config.objective)
+    shape = Activations(model, degrees, rows, phase.sequence_length, size, pattern)
     kept = shape.kept(phase.activation_checkpoint)
     moments = _working(weights, shape, phase.activation_checkpoint, kept, size, reduced, chunk_tokens)
+    pairs = phase.sequence_length**2 if pattern.drawn else 0
+    if pairs:
+        # for a pair of tokens its number, and in each row three that are mixed; there are no activations yet
+        moments["drawing masks"] = max(0, 8 * (1 + 3 * rows) * pairs - kept)
     replicated = _STATE_BYTES * weights.replicated
     copied = _CHECKPOINT_BYTES * (weights.shard + weights.replicated)
     return Memory(
@@ -133,6 +141,7 @@ def phase_memory(config: RunConfig, phase: PhaseSection, world: int, chunk_token
         gathered=gathered,
         activations=kept,
         working=max(moments.values()),
+        inputs=rows * pairs * micro_batches(phase.batch.rows(phase.sequence_length), degrees.data, rows),
         host=state if layout.cpu_offload else 0,
         staging=copied if config.checkpoint.asynchronous else 0,
         kinds=tuple(shape.kinds(phase.activation_checkpoint).items()),
@@ -226,7 +235,7 @@ class Activations:
 
     Attributes:
         size: bytes of a number in the compute type.
-        document_mask: whether attention has a mask, for which keys and values are repeated for every head.
+        pattern: who sees whom.
     """
 
     model: ModelConfig
@@ -234,7 +243,7 @@ class Activations:
     rows: int
     sequence_length: int
     size: int
-    document_mask: bool = False
+    pattern: Pattern
 
     @property
     def tokens(self) -> int:
@@ -251,9 +260,14 @@ class Activations:
         stream, head = self._stream(), self.size * self.tokens * self.model.hidden_size
         whole = {kind: (layers - recomputed) * size for kind, size in self._block_kinds().items()}
         remains = recomputed * (self._block_selective() if section.mode == "selective" else stream)
-        mask = self.tokens * self.sequence_length if self.document_mask and recomputed else 0
+        # what a block is computed again with; a drawn mask is there already, whole
+        made = self.pattern.masked and not (self.pattern.drawn and self.degrees.context == 1)
+        mask = self.tokens * self.sequence_length if made and recomputed else 0
+        tables = 4 * self.tokens * self.model.attention_head_dim if self.pattern.own_positions else 0
         again = {"blocks computed again in part" if section.mode == "selective" else "blocks computed again": remains}
-        kinds = {**whole, **again, "attention mask": mask, "final norm and head": stream + head}
+        kinds = {**whole, **again, "attention mask": mask, "rotary tables": tables}
+        kinds["dropout"] = whole["dropout"] + self._dropped()  # the embedding's
+        kinds["final norm and head"] = stream + head
         return {kind: size for kind, size in kinds.items() if size}
 
     def recomputed(self, section: ActivationCheckpointSection) -> int:
@@ -288,16 +302,21 @@ class Activations:
             "norms": self.tokens * (self.size * 2 * model.hidden_size + 4 * 2),  # with their reciprocals in float32
             "attention": self.tokens * attention,
             "MLP": self.tokens * self.size * 3 * (model.intermediate_size // tensor),
+            "dropout": 2 * self._dropped(),
         }
+
+    def _dropped(self) -> int:
+        """A mask of hidden states. Of attention's dropout a GPU's kernels keep their generator's state alone."""
+        return self._stream() // self.size if self.model.hidden_dropout else 0
 
     def _attention_numbers(self) -> int:
         """What attention keeps per token of this rank."""
         queries, keys = head_widths(self.model, self.degrees.tensor)
         context = self.degrees.context
-        if self.document_mask:  # keys and values of the whole row, and the mask as numbers
+        if self.pattern.masked:  # keys and values of the whole row, and the mask as numbers
             return 2 * queries + 2 * queries * context + self.sequence_length
-        if context > 1:  # the outputs of two chunks, and put together
-            return 3 * queries + 2 * keys * context
+        if context > 1:  # causal: the outputs of two chunks, and put together
+            return (3 if self.pattern.causal else 2) * queries + 2 * keys * context
         # Values are a view of the packed projections, so these live on beside the rotated queries and keys.
         return (queries + 2 * keys) + queries + keys + queries
 
@@ -308,7 +327,8 @@ class Activations:
         products = 2 * queries + 2 * keys + 2 * model.intermediate_size // tensor + 2 * model.hidden_size
         scattered = 2 * self._stream() if tensor > 1 else 0
         statistics = 4 * (model.num_attention_heads // tensor)
-        return self._stream() + scattered + self.tokens * (self.size * products + statistics)
+        dropped = self._stream() if model.hidden_dropout else 0  # what the next block gets is no product then
+        return self._stream() + scattered + dropped + self.tokens * (self.size * products + statistics)
 
 
 def ranks_that_fit(config: RunConfig, memory: int) -> int | None:
@@ -316,23 +336,20 @@ def ranks_that_fit(config: RunConfig, memory: int) -> int | None:
 
     Numbers that [parallel] or the global batch exclude are passed over.
     """
-    for world in range(1, _MOST_RANKS + 1):
+    for world in range(1, MOST_RANKS + 1):
         try:
             need = estimate_memory(config, world).total
         except UserError:
             continue
-        if need <= memory and _has_rows(config, world):
+        if need <= memory and all(fills_ranks(phase, world) for phase in config.phases[config.first_phase :]):
             return world
     return None
 
 
-def _has_rows(config: RunConfig, world: int) -> bool:
-    """Whether every phase has a row for each rank that reads its own."""
-    phases = config.phases[config.first_phase :]
-    return all(
-        phase.batch.rows(phase.sequence_length) * phase.parallel.context * phase.parallel.tensor >= world
-        for phase in phases
-    )
+def fills_ranks(phase: PhaseSection, ranks: int) -> bool:
+    """Whether a batch has a row for every rank that reads its own."""
+    layout = phase.parallel
+    return phase.batch.rows(phase.sequence_length) * layout.context * layout.tensor >= ranks
 
 
 def checkpoint_bytes(config: RunConfig) -> int:

@@ -16,6 +16,7 @@ from titan_yulan.monitor.flops import FORMULAS, flops_utilization
 from titan_yulan.parallel.degrees import Degrees, resolve_degrees
 from titan_yulan.plan.devices import Assumptions, Device
 from titan_yulan.plan.memory import CHUNK_TOKENS, NUMBER_BYTES, Activations, Weights, count_weights, head_widths
+from titan_yulan.plan.pattern import Pattern
 from titan_yulan.plan.traffic import Exchange, exchanges
 
 # Read and written in an update: weight, gradient and two moments read, weight and moments written; before it the
@@ -181,12 +182,13 @@ class _Passes:
         self._queries, self._keys = head_widths(model, degrees.tensor)
         self._size = NUMBER_BYTES[phase.parallel.compute_dtype]
         self._reduced = NUMBER_BYTES[phase.parallel.reduce_dtype]
-        self._masked = config.objective.document_mask
+        self._pattern = Pattern(config.objective)
         self._length, self._context, self._tensor = phase.sequence_length, degrees.context, degrees.tensor
         self._sharded = degrees.shard * degrees.context > 1
         self._gathered_twice = phase.parallel.reshard_after_forward
         section = phase.activation_checkpoint
-        shape = Activations(model, degrees, phase.batch.micro_batch_size, phase.sequence_length, self._size)
+        rows, length = phase.batch.micro_batch_size, phase.sequence_length
+        shape = Activations(model, degrees, rows, length, self._size, self._pattern)
         self._tokens = shape.tokens
         self._again = shape.recomputed(section) / model.num_hidden_layers
         self._selective = section.mode == "selective"
@@ -196,8 +198,10 @@ class _Passes:
         tokens, size, hidden, inner = self._tokens, self._size, self._hidden, self._inner
         queries, keys = self._queries, self._keys
         widths = 2 * queries + 2 * keys
-        attention_flops = 4 * tokens * self._length * queries * (1.0 if self._masked else 0.5)
+        attention_flops = 4 * tokens * self._length * queries * (1.0 if self._pattern.whole_square else 0.5)
         moved = tokens * (2 * queries + 2 * keys * self._context)
+        if self._pattern.masked:
+            moved = tokens * (2 * queries + 2 * queries * self._context + self._length)
         projected = hidden * widths + tokens * (2 * hidden + widths)
         transformed = 3 * hidden * inner + tokens * (2 * hidden + 3 * inner)
         return {

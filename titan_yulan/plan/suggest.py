@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from titan_yulan.config.sections import ActivationCheckpointSection, ParallelSection, PhaseSection, RunConfig
 from titan_yulan.errors import UserError
 from titan_yulan.plan.devices import Assumptions, Device
-from titan_yulan.plan.memory import GIB, phase_memory
+from titan_yulan.plan.memory import GIB, MOST_RANKS, fills_ranks, phase_memory
 from titan_yulan.plan.roofline import step_time
 
-_MOST_RANKS = 4096  # that are tried
 _NEARLY = 1.02  # steps that are at most this much slower than the fastest count as fast; fewer changes are then better
 
 
@@ -64,14 +63,14 @@ def _numbers_of_gpus(gpus: int, node: int) -> Iterator[int]:
     """Those asked for, then doubled up to a node, then up to 8 nodes more, then doubled."""
     yield gpus
     ranks, step = gpus, 0
-    while ranks < _MOST_RANKS:
+    while ranks < MOST_RANKS:
         if ranks < node:
             ranks = min(2 * ranks, node)
         elif step < 8:
             ranks, step = (ranks // node + 1) * node, step + 1
         else:
             ranks *= 2
-        if ranks <= _MOST_RANKS:
+        if ranks <= MOST_RANKS:
             yield ranks
 
 
@@ -87,12 +86,6 @@ def _fitting(
         if need <= room and fills_ranks(candidate, ranks):
             seconds = step_time(config, candidate, ranks, device, assumptions).seconds
             yield Suggestion(ranks, tuple(_changes(phase, candidate)), candidate, seconds)
-
-
-def fills_ranks(phase: PhaseSection, ranks: int) -> bool:
-    """Whether a batch has a row for every rank that reads its own."""
-    layout = phase.parallel
-    return phase.batch.rows(phase.sequence_length) * layout.context * layout.tensor >= ranks
 
 
 def _candidates(config: RunConfig, phase: PhaseSection, ranks: int, node: int) -> Iterator[PhaseSection]:

@@ -3,8 +3,8 @@ backward once with tensors that have shapes and no numbers, in a process group t
 collectives, and the bytes of all living tensors. The only file of the plan that imports torch.
 
 The tensors claim to be a CPU's, because FSDP2 wants streams from a GPU. Where the model's code differs between the two,
-a GPU's is taken (attention under context parallelism), or the formula's number (inside the loss, an operator that a
-trace cannot look into).
+a GPU's is taken (dropout, attention under context parallelism), or the formula's number (inside the loss, an operator
+that a trace cannot look into).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -27,10 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titan_yulan.config.sections import PhaseSection, RunConfig
+from titan_yulan.kernels.runtime import Kernels
 from titan_yulan.model import Decoder
+from titan_yulan.model.attend import AttentionContext
 from titan_yulan.model.sharding import local
+from titan_yulan.objective.build import build_objective
 from titan_yulan.objective.forward import forward
-from titan_yulan.objective.next_token import NextToken
 from titan_yulan.objective.objective import Inputs
 from titan_yulan.optimizer.adamw import build_adamw
 from titan_yulan.parallel import context
@@ -40,6 +42,7 @@ from titan_yulan.parallel.fsdp import ShardedDecoder, shard_decoder, synchronize
 from titan_yulan.parallel.mesh import Mesh, build_mesh
 from titan_yulan.parallel.sharding import RankSharding
 from titan_yulan.parallel.tensor import distribute_parameters
+from titan_yulan.plan.pattern import Pattern
 
 _LOSS = "titan_yulan::linear_cross_entropy_forward"
 
@@ -51,8 +54,8 @@ class Trace:
     Attributes:
         calls, received: of each collective ("all-gather" ...): how many, and the bytes that a ring brings the rank.
         state: bytes of weights, gradients and Adam's moments before, as in any micro-batch of a step but its first.
-        kept: bytes that live beyond `state` between forward and backward of the first one.
-        peak: most bytes that ever lived, `state` included.
+        kept: bytes that live between forward and backward of the first one, beyond `state` and a drawn mask.
+        peak: most bytes that ever lived, `state` and a drawn mask included.
         peak_in: the pass in which they did.
     """
 
@@ -176,23 +179,23 @@ def trace(config: RunConfig, phase: PhaseSection, world: int, loss_bytes: int) -
         UserError: the layout does not fit `world` ranks.
     """
     degrees = resolve_degrees(phase.parallel, world, config.model, phase.sequence_length)
-    if config.model.kernels == "triton":  # which insists; the operators are the same
-        config = replace(config, model=replace(config.model, kernels="auto"))
+    # A GPU's kernels keep nothing of attention's dropout but their generator's state; a CPU's cannot drop at all.
+    model = replace(config.model, attention_dropout=0.0)
+    if model.kernels == "triton":  # which insists; the operators are the same
+        model = replace(model, kernels="auto")
+    config = replace(config, model=model)
     with _ranks(world):
         mesh = build_mesh(degrees, "cpu")
-        with FakeTensorMode(allow_non_fake_inputs=True), _real_meshes(), _attention_of_a_gpu():
+        with FakeTensorMode(allow_non_fake_inputs=True), _real_meshes(), _as_on_a_gpu():
             return _run(config, phase, mesh, loss_bytes)
 
 
 def _run(config: RunConfig, phase: PhaseSection, mesh: Mesh, loss_bytes: int) -> Trace:
     decoder = _lay_out(config, phase, mesh)
-    objective = NextToken(
-        config.objective,
-        len(config.data.sources),
-        config.model.kernels,  # type: ignore[arg-type]  # one of the words
-        group=mesh.tensor_group,
-        vocabulary_size=config.model.vocab_size,
-    )
+    kernels = cast(Kernels, config.model.kernels)
+    # any token may stand for the hidden ones
+    mask_token = config.model.vocab_size - 1
+    objective = build_objective(config, len(config.data.sources), kernels, mask_token, mesh.tensor_group)
     optimizer = build_adamw(decoder, config.model, config.optimizer)
     inputs = _inputs(config, phase)
     passes = (False, True) if phase.parallel.synchronize == "last" else (True,)
@@ -202,13 +205,14 @@ def _run(config: RunConfig, phase: PhaseSection, mesh: Mesh, loss_bytes: int) ->
         memory.add((parameter, parameter.grad))
     memory.add(tensor for state in optimizer.state.values() for tensor in state.values())
     state = memory.live
-    kept = 0
+    memory.add((inputs.visible,))
+    before, kept = memory.live, 0
     with memory, collectives, _WatchLoss(lambda: memory.beside(loss_bytes)):
         for last in passes:
             synchronize_next_backward(decoder, phase.parallel, last)
             memory.label = "forward"
             sums = forward(decoder, objective, inputs, inputs.denominator)
-            kept = kept or memory.live - state
+            kept = kept or memory.live - before
             memory.label = "backward"
             sums.objective.backward()
             del sums
@@ -236,14 +240,16 @@ def _lay_out(config: RunConfig, phase: PhaseSection, mesh: Mesh) -> ShardedDecod
 def _inputs(config: RunConfig, phase: PhaseSection) -> Inputs:
     rows, length = phase.batch.micro_batch_size, phase.sequence_length
     ids = torch.zeros(rows, length, dtype=torch.int64)
+    pattern = Pattern(config.objective)
+    documents = config.objective.document_mask and not pattern.drawn  # a drawn mask has them in it
     return Inputs(
         input_ids=ids,
         targets=ids.clone(),
         weights=torch.ones(rows, length),
         counts=torch.ones(rows, length),
-        position_ids=torch.zeros_like(ids) if config.objective.restart_positions else None,
-        document_ids=torch.zeros_like(ids) if config.objective.document_mask else None,
-        visible=None,
+        position_ids=torch.zeros_like(ids) if pattern.own_positions else None,
+        document_ids=torch.zeros_like(ids) if documents else None,
+        visible=torch.ones(rows, 1, length, length, dtype=torch.bool) if pattern.drawn else None,
         source=torch.zeros(rows, dtype=torch.int64),
         denominator=torch.ones(()),
     )
@@ -274,5 +280,13 @@ def _real_meshes() -> Iterator[None]:
         yield
 
 
-def _attention_of_a_gpu() -> Any:
-    return patch.object(context, "_attend_prefix", context._flash_prefix)
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    def drop(context: AttentionContext, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, context.hidden_dropout, train=True)[0] if context.hidden_dropout else x
+
+    with (
+        patch.object(context, "_attend_prefix", context._flash_prefix),
+        patch.object(AttentionContext, "drop", drop),
+    ):
+        yield

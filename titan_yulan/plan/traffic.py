@@ -14,6 +14,7 @@ from titan_yulan.config.sections import PhaseSection, RunConfig
 from titan_yulan.parallel.degrees import Degrees
 from titan_yulan.plan.devices import Assumptions, Device
 from titan_yulan.plan.memory import CHUNK_TOKENS, NUMBER_BYTES, Activations, Weights, count_weights, head_widths
+from titan_yulan.plan.pattern import Pattern
 
 # How many times a rank receives its share of the whole.
 _PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
@@ -69,7 +70,8 @@ def exchanges(
     layout = phase.parallel
     size, reduced = NUMBER_BYTES[layout.compute_dtype], NUMBER_BYTES[layout.reduce_dtype]
     weights = count_weights(config.model, degrees)
-    shape = Activations(config.model, degrees, phase.batch.micro_batch_size, phase.sequence_length, size)
+    pattern = Pattern(config.objective)
+    shape = Activations(config.model, degrees, phase.batch.micro_batch_size, phase.sequence_length, size, pattern)
     found = [
         *_of_weights(config, phase, degrees, weights, size, reduced, micro_batches),
         *_of_sequences(phase, shape, micro_batches),
@@ -126,7 +128,8 @@ def _of_sequences(phase: PhaseSection, shape: Activations, micro_batches: int) -
     """Of tensor- and context-parallel ranks; what a recomputed block computes again, it exchanges again."""
     model, degrees, section = shape.model, shape.degrees, phase.activation_checkpoint
     layers, again = model.num_hidden_layers, shape.recomputed(section)
-    whole_again = 0 if section.mode == "selective" else again
+    # a block's end is computed again only to drop the same of it
+    whole_again = 0 if section.mode == "selective" else again * (2 if model.hidden_dropout else 1)
     tensor, context = degrees.tensor, degrees.context
     own = phase.sequence_length // context
     stream = shape.size * shape.rows * (-(-own // tensor) * tensor) * model.hidden_size
