@@ -74,7 +74,7 @@ def run(tmp_path: Path) -> Path:
     folder.mkdir()
     write(folder, "metrics.jsonl", [metrics_line(step) for step in range(1, 61)])
     losses = {name: 3.5 for name in HOSTILE}
-    measured = [{"step": s, "tokens": 128 * s, "validation_loss": losses} for s in (0, 20, 60)]
+    measured: list[dict[str, Any]] = [{"step": s, "tokens": 128 * s, "validation_loss": losses} for s in (0, 20, 60)]
     measured[1]["loss"] = 3.25  # over tokens; an earlier version wrote the other lines
     write(folder, "validation.jsonl", measured)
     write(folder, "evaluation.jsonl", [

@@ -153,7 +153,9 @@ def test_drawn_masks_live_through_a_step() -> None:
     drawn = estimate_memory(replace(config, objective=ObjectiveSection(token_mask_share=0.5)), 8)
     masked = estimate_memory(replace(config, objective=ObjectiveSection(document_mask=True)), 8)
     assert (plain.inputs, masked.inputs, drawn.inputs) == (0, 0, 32 * rows * length**2)  # 1008 / 8 rows, by 4
-    assert drawn.activations == masked.activations == plain.activations + 56 * rows * length * 2 * (length + 3 * 64)
+    # a block keeps keys and values repeated, and the mask; not queries, keys and values as they were projected
+    more = 2 * (length + 1920 - 3 * 384)
+    assert drawn.activations == masked.activations == plain.activations + 56 * rows * length * more
     assert drawn.total == drawn.state + drawn.gathered + drawn.activations + drawn.inputs + drawn.working
     objective, size = NextToken(ObjectiveSection(token_mask_share=0.5), 1), (rows, length + 1)
     batch = Batch(

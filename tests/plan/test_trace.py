@@ -63,11 +63,10 @@ def config_of(mode: str, layout: dict[str, Any]) -> RunConfig:
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 OTHERS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
-    ("none", {"context": 2}, {"kind": "masked_diffusion"}, {}),
+    ("none", {"context": 2}, {"kind": "masked_diffusion"}, DROPOUT),
     ("none", {}, {"token_mask_share": 0.5, "document_mask": True}, {}),
     ("full", {"context": 2}, {"token_mask_share": 0.5}, {}),
     ("full", {}, {"document_mask": True, "orders": 2}, {}),
-    ("none", {}, {"kind": "masked_diffusion"}, DROPOUT),
     ("every", {"tensor": 2}, {"orders": 2}, DROPOUT),
     ("selective", {}, {}, DROPOUT),
 ]

@@ -80,7 +80,7 @@ class WeightsAndBiases:
     """A run at Weights & Biases; every start on the same run folder goes on with the same one.
 
     What was sent there cannot be taken back: steps that are trained again after a crash or a bad step are there twice,
-    at the same place of the axis `step`. When its service fails during the run, nothing more is sent and the run goes on.
+    at the same place of the axis `step`. When its service fails during the run, nothing more is sent; the run goes on.
     """
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
