@@ -107,7 +107,11 @@ def without_overfitted(found: Sequence[Result]) -> list[Run]:
     kept = []
     for result in found:
         run = result.run
-        same = [r.run for r in found if (r.run.parameters, r.run.unique_tokens) == (run.parameters, run.unique_tokens)]
+        same = [
+            other.run
+            for other in found
+            if other.run.parameters == run.parameters and abs(other.run.unique_tokens / run.unique_tokens - 1) < 0.05
+        ]
         if run.tokens <= min(same, key=lambda other: other.loss).tokens:
             kept.append(run)
     return kept
@@ -147,11 +151,12 @@ def draw(found: Sequence[Result], output: Path) -> None:
                 tokens = [result.run.tokens / least for result in chosen]
                 label = f"{KINDS[kind]}, {text}"
                 axes.plot(tokens, [result.loss for result in chosen], style, color=colour, label=label)
-        axes.set(
-            xscale="log", xlabel=f"tokens trained / {least:,.0f} unique tokens", title=f"{size / 1e3:,.0f}k parameters"
-        )
-    panels[0].set_ylabel("validation loss (bound for diffusion), nat per token")
-    panels[-1].legend(fontsize="small")
+        axes.set(xscale="log", title=f"{size / 1e3:,.0f}k parameters", xlabel=f"tokens trained / {least:,.0f}")
+        epochs = sorted({round(result.run.tokens / least) for result in own})
+        axes.set_xticks(epochs, [str(number) for number in epochs])
+        axes.minorticks_off()
+    panels[0].set_ylabel("validation loss, nat per token\n(diffusion: its bound)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(output, dpi=110)
 
 
