@@ -49,6 +49,9 @@ def test_bad_inputs(tmp_path: Path):
     (tmp_path / "run" / "validation.jsonl").write_text('{"step": 0, "tokens": 0, "validation_loss": {"a": 9.0}}\n')
     with pytest.raises(UserError, match="no validation loss after its first step"):
         read_runs([tmp_path])
+    (tmp_path / "run" / "validation.jsonl").write_text('{"step": 9, "tokens": 99, "validation_loss": {"a": null}}\n')
+    with pytest.raises(UserError, match="the last validation loss is not finite"):
+        read_runs([tmp_path])
 
 
 def test_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -103,9 +103,12 @@ def read_run(folder: Path, best: bool = False) -> Run:
     over the held-out parts weighted by the last phase's mix.
 
     Raises:
-        UserError: it has no validation loss, or no checkpoint that says what was read.
+        UserError: it has no finite validation loss, or no checkpoint that says what was read.
     """
     lines = [line for line in read_lines(folder / "validation.jsonl") if line["tokens"] > 0 and line["validation_loss"]]
+    if lines and None in lines[-1]["validation_loss"].values() and not best:
+        raise UserError(f"{folder}: the last validation loss is not finite; leave the run out, or take --best")
+    lines = [line for line in lines if None not in line["validation_loss"].values()]
     checkpoint = newest_readable(folder / "checkpoints", print)
     if not lines or checkpoint is None:
         missing = "checkpoint" if lines else "validation loss after its first step"
