@@ -69,14 +69,14 @@ class Case:
     checkpointing: str = "none"
     backend: str = ""  # of torch.compile; empty: eager
     compute_dtype: str = "float32"
-    diffusion: bool = False  # masked diffusion, also validated
+    objective: str = ""  # diffusion: masked diffusion, also validated; perturbed: in orders and with hidden tokens
 
     @property
     def name(self) -> str:
         parts = (
             self.layout,
             self.model,
-            "diffusion" if self.diffusion else "",
+            self.objective,
             "documents" if self.document_mask else "",
             self.compute_dtype if self.compute_dtype != "float32" else "",
             self.checkpointing if self.checkpointing != "none" else "",
@@ -94,13 +94,13 @@ class Case:
             model=self.model,
             document_mask=self.document_mask,
             compute_dtype=dtype,
-            diffusion=self.diffusion,
+            objective=self.objective,
         )
 
     @property
     def keeps(self) -> bool:
         """Whether its checkpoint takes part in the exchange."""
-        plain = self.compute_dtype == "float32" and not self.diffusion
+        plain = self.compute_dtype == "float32" and not self.objective
         return self.checkpointing == "none" and not self.backend and plain
 
 
@@ -142,7 +142,8 @@ def cases(short: bool) -> list[Case]:
         rows = [_FSDP_3, _HSDP, _TENSOR_3, _FSDP_TENSOR, _CONTEXT_TENSOR_NORMS]
         rows += [replace(_CONTEXT_TENSOR, checkpointing="selective", backend="aot_eager")]
         unmasked = replace(_FSDP_3, document_mask=False)  # the reference of the last one
-        rows += [replace(row, diffusion=True) for row in (unmasked, _TENSOR_3, _CONTEXT_TENSOR)]
+        rows += [replace(row, objective="diffusion") for row in (unmasked, _TENSOR_3, _CONTEXT_TENSOR)]
+        rows += [replace(_CONTEXT_TENSOR, objective="perturbed")]
         return with_one_process(rows)
     modes = ("full", "every", "selective")
     rows = list(_LAYOUTS)
@@ -151,7 +152,7 @@ def cases(short: bool) -> list[Case]:
     compilable = [(row, mode) for row in _FAMILIES for mode in modes if mode == "selective" or "TP" not in row.layout]
     rows += [replace(row, checkpointing=mode, backend="aot_eager") for row, mode in compilable]
     rows += [replace(row, backend="inductor") for row in _FAMILIES]
-    rows += [replace(row, diffusion=True) for row in _FAMILIES]
+    rows += [replace(row, objective=objective) for row in _FAMILIES for objective in ("diffusion", "perturbed")]
     half = [replace(row, compute_dtype="bfloat16") for row in (_FSDP_TENSOR, _CONTEXT)]
     return with_one_process(rows + half)
 
@@ -193,12 +194,15 @@ def run_config(case: Case, seed: int) -> RunConfig:
     )
     section = replace(section, batch=replace(section.batch, micro_batch_size=MICRO_BATCH))
     restart = case.model == "norms"
+    diffusion, perturbed = case.objective == "diffusion", case.objective == "perturbed"
     objective = ObjectiveSection(
-        kind="masked_diffusion" if case.diffusion else "autoregressive",
+        kind="masked_diffusion" if diffusion else "autoregressive",
         z_loss=0.01,
         document_mask=case.document_mask,
         restart_positions=restart,
-        validation_samples=2 if case.diffusion else 1,
+        validation_samples=2 if diffusion else 1,
+        orders=3 if perturbed else 1,
+        token_mask_share=0.4 if perturbed else 0.0,
     )
     config = configuration(
         section,

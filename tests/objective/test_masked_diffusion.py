@@ -215,3 +215,8 @@ def test_questions_of_chats_are_never_hidden_and_padding_counts_nothing():
     assert torch.equal(inputs.input_ids[:, :6], batch.tokens[:, :6])
     assert float(inputs.denominator) == 59 * 6
     assert float(inputs.weights[-1].sum()) == 0
+    mask[:, 10:] = False  # behind an answer
+    batch = dataclasses.replace(batch, loss_mask=mask)
+    drawn, moved = (objective(left_to_right_share=share).inputs(batch).weights > 0 for share in (0.0, 1.0))
+    assert torch.equal(moved.sum(1), drawn.sum(1))
+    assert torch.equal(moved[:, 6:10], torch.arange(4) >= 4 - drawn.sum(1, keepdim=True))

@@ -45,7 +45,15 @@ _FREE = (
     "phase.*.batch.micro_batch_size",
 )
 # Changes that alter the model or what rows come next: refused unless named by --allow-change.
-_FROZEN = ("run.seed", "run.deterministic", "model.*", "data.sources.*", "data.shuffle")
+_FROZEN = (
+    "run.seed",
+    "run.deterministic",
+    "model.*",
+    "objective.kind",
+    "objective.mask_token_id",
+    "data.sources.*",
+    "data.shuffle",
+)
 # What --allow-change lets move the rows: then the plan cannot be compared with the checkpoint's place any more.
 _MOVES_ROWS = ("run.seed", "data.", "phase.")
 # Refused for the phase of the checkpoint's step, which can still be made longer; everything of a phase before it is
@@ -324,6 +332,14 @@ def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[
         )
 
 
+def _what_changed(before: str, now: str) -> str:
+    """Of two fingerprints of a tape, which name the subset of `[phase] unique_tokens` behind a colon."""
+    (content, _, subset), (content_now, _, subset_now) = before.partition(":"), now.partition(":")
+    if content != content_now:
+        return "the content of this source"
+    return f"phase.unique_tokens reads {subset_now or 'all'} of its tokens, and read {subset or 'all'}"
+
+
 def check_data(
     checkpoint: Checkpoint, sources: dict[str, str], tokenizer: str, allow_changes: Collection[str] = ()
 ) -> None:
@@ -334,7 +350,7 @@ def check_data(
     """
     state = checkpoint.state()
     changed = [
-        f"data.sources.{name}: the content of this source"
+        f"data.sources.{name}: {_what_changed(fingerprint, sources[name])}"
         for name, fingerprint in state.sources.items()
         if name in sources and sources[name] != fingerprint
     ]

@@ -248,6 +248,11 @@ class _Check:
             self.length(phase, length, (*path, "epochs"))
         for name in (name for name, share in phase.mix.items() if amount(share)):
             limit = shares_of_unique(phase).get(name)
+            if limit is not None and _sound(phase.sequence_length) and limit <= phase.sequence_length:
+                self.refuse(
+                    (*path, "unique_tokens"),
+                    f"only {limit:,} of them come from {name!r}, less than a row; raise it, or drop the source",
+                )
             first, place = self.limits.setdefault(name, (limit, path))
             if limit != first:
                 self.refuse(

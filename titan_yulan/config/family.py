@@ -1,7 +1,8 @@
 """The models of the data-constrained study (arXiv 2507.15857), whose shapes are those of arXiv 2305.16264.
 
 Pre-norm, SwiGLU, rotary positions, tied embeddings, no biases, no grouped heads, GPT-2's vocabulary padded to 128. A
-name is that of the earlier study and not the size: `data_constrained_140m` has 144.8 million parameters.
+name is that of the earlier study and not the size: `data_constrained_140m` has 144.8 million parameters. The head width
+of the six largest is not published; it is hidden size over heads.
 """
 
 from __future__ import annotations

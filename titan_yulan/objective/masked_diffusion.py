@@ -63,7 +63,7 @@ class MaskedDiffusion(Objective):
         hidden = self._draw(hashing.key(self._seed, "diffusion mask"), batch, ratio)
         if section.left_to_right_share:
             chosen = uniform(hashing.key(self._seed, "left to right"), position) < section.left_to_right_share
-            hidden = torch.where(chosen[:, None], _last(hidden), hidden)
+            hidden = torch.where(chosen[:, None], _last(hidden, batch.loss_mask[:, :-1]), hidden)
         return self._inputs(batch, hidden, ratio)
 
     def validation_inputs(self, batch: Batch, sample: int) -> Inputs:
@@ -101,7 +101,7 @@ class MaskedDiffusion(Objective):
         )
 
 
-def _last(hidden: Tensor) -> Tensor:
-    """(rows, S) bool: in each row as many hidden tokens, all at the end; none where none was hidden."""
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    return places >= hidden.shape[1] - hidden.sum(1, keepdim=True)
+def _last(hidden: Tensor, targets: Tensor) -> Tensor:
+    """(rows, S) bool: in each row as many hidden tokens, the last of those that may be; none where none was hidden."""
+    from_the_end = targets.flip(1).cumsum(1).flip(1)
+    return targets & (from_the_end <= hidden.sum(1, keepdim=True))

@@ -8,6 +8,7 @@ act in training alone.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class NextToken(Objective):
     """Predict token i + 1 from tokens 0..i."""
 
     causal = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """See `Objective`."""
+        super().__init__(*arguments, **options)
+        self._known_orders: dict[tuple[int, torch.device], Tensor] = {}
 
     def inputs(self, batch: Batch) -> Inputs:
         """Inputs and shifted targets of a micro-batch (the last token is only a target, the first only an input)."""
@@ -50,13 +56,13 @@ class NextToken(Objective):
         """Every row in one of `orders` orders: token 0 stays, each token is predicted from those before it in the
         order, and rotary positions are those of the input tokens in the text."""
         length = batch.tokens.shape[1]
-        orders = self._orders(length).to(batch.tokens.device)
+        orders = self._orders_on(length, batch.tokens.device)
         key = hashing.key(self._seed, "order of a row")
         chosen = (uniform(key, batch.position) * len(orders)).long()
         order = orders[chosen]  # (rows, S + 1)
         documents = batch.document_ids
-        places = restarted_positions(documents) if self._section.restart_positions else torch.arange(length)
-        places = places.to(order.device).expand_as(order)
+        natural = torch.arange(length, device=order.device).expand_as(order)
+        places = restarted_positions(documents) if self._section.restart_positions else natural
         permuted = replace(
             batch,
             tokens=batch.tokens.gather(1, order),
@@ -65,6 +71,12 @@ class NextToken(Objective):
         )
         plain = self.validation_inputs(permuted)
         return replace(plain, position_ids=places.gather(1, order)[:, :-1])
+
+    def _orders_on(self, length: int, device: torch.device) -> Tensor:
+        """Made and copied once: a copy from unpinned memory waits for the device."""
+        if (length, device) not in self._known_orders:
+            self._known_orders[length, device] = self._orders(length).to(device)
+        return self._known_orders[length, device]
 
     def _orders(self, length: int) -> Tensor:
         """(orders, length) int64, a pure function of the seed: order 0 is the text's, token 0 is always first. The

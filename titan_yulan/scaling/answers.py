@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,10 @@ from titan_yulan.errors import UserError
 from titan_yulan.scaling.forms import Law
 
 _LOWEST, _HIGHEST = math.log(1e4), math.log(1e14)  # parameters that are looked through
-_STEPS = 400
+_STEPS = 100
+_TOLERANCE = 1e-6  # of the logarithm of the best size: the loss is flat there, so its error is about the square of it
+_COMPUTES = 60  # amounts of compute at which two laws are compared
+_FINER = 1e-3  # of the logarithm of compute: within it the difference of two laws is a straight line
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,23 @@ def compute_optimal(law: Law, flops: float, unique: float | None = None) -> Best
     Args:
         unique: tokens that are there; None: as many as are wanted.
     """
-
-    def loss(log_size: np.ndarray) -> np.ndarray:
-        sizes = np.exp(log_size)
-        tokens = flops / (6 * sizes)
-        return np.asarray(law.loss(sizes, tokens, unique))
-
-    log_size = _minimise(loss, _LOWEST, min(_HIGHEST, math.log(flops / 6)))
-    size = math.exp(log_size)
-    return Best(size, flops / (6 * size), float(loss(np.array([log_size]))[0]))
+    size, loss = (float(values[0]) for values in _best(law, np.array([float(flops)]), unique))
+    return Best(size, flops / (6 * size), loss)
 
 
-def _minimise(function: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
-    """Where a function of one variable is lowest: a grid, made finer around its lowest place."""
-    while high - low > 1e-9:
-        places = np.linspace(low, high, _STEPS)
-        lowest = int(np.argmin(function(places)))
-        low, high = places[max(lowest - 1, 0)], places[min(lowest + 1, _STEPS - 1)]
-    return (low + high) / 2
+def _best(law: Law, flops: np.ndarray, unique: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """The best size for each of (n,) amounts of compute, and its loss: a grid of sizes, made finer around its lowest
+    place."""
+    places = np.arange(len(flops))
+    low, high = np.full(len(flops), _LOWEST), np.minimum(_HIGHEST, np.log(flops / 6))
+    while (high - low).max() > _TOLERANCE:
+        log_sizes = np.linspace(low, high, _STEPS, axis=-1)
+        losses = law.loss(np.exp(log_sizes), flops[:, None] / (6 * np.exp(log_sizes)), unique)
+        lowest = np.argmin(losses, axis=-1)
+        low = log_sizes[places, np.maximum(lowest - 1, 0)]
+        high = log_sizes[places, np.minimum(lowest + 1, _STEPS - 1)]
+    sizes = np.exp((low + high) / 2)
+    return sizes, np.asarray(law.loss(sizes, flops / (6 * sizes), unique))
 
 
 def tokens_for_one_epoch(flops: float, parameters: float) -> float:
@@ -71,23 +72,52 @@ def epochs_worth(law: Law, worth: float) -> float:
     return 1 + _decay(law) * math.log(1 / worth)
 
 
-def critical_compute_of(law: Law, other: Law, unique: float) -> float | None:
-    """FLOPs from which on `other` has a lower loss than `law`, each at its best size, on so many unique tokens; None:
-    it never has, up to 1e24 FLOPs. 0: it always has."""
+def ranges_won(law: Law, other: Law, unique: float, within: tuple[float, float]) -> list[tuple[float, float]]:
+    """Ranges of FLOPs inside `within` in which `other` has a lower loss than `law`, each at its best size, on so many
+    unique tokens. Losses are compared at 60 amounts of compute, evenly in their logarithm, and where one overtakes the
+    other the place is made finer: a range between two neighbours is not seen. With the laws exchanged the answer is
+    the rest of `within`."""
+    compute = np.linspace(*np.log(within), _COMPUTES)
+    gaps = _gaps(law, other, unique, compute)
+    wins = gaps < 0
+    places = [within[0]] if wins[0] else []
+    for i in np.flatnonzero(wins[1:] != wins[:-1]).tolist():
+        places.append(math.exp(_crossing(law, other, unique, compute[i : i + 2], gaps[i : i + 2])))
+    places += [within[1]] if wins[-1] else []
+    return list(zip(places[::2], places[1::2], strict=True))
 
-    def gap(flops: float) -> float:
-        return compute_optimal(other, flops, unique).loss - compute_optimal(law, flops, unique).loss
 
-    places = np.exp(np.linspace(math.log(1e12), math.log(1e24), 120)).tolist()
-    if gap(places[0]) < 0:
-        return 0.0
-    for low, high in itertools.pairwise(places):
-        if gap(high) < 0:
-            while high / low > 1 + 1e-9:
-                middle = math.sqrt(low * high)
-                low, high = (low, middle) if gap(middle) < 0 else (middle, high)
-            return high
-    return None
+def _gaps(law: Law, other: Law, unique: float, log_flops: np.ndarray) -> np.ndarray:
+    """(n,) by how much the loss of `other` is higher."""
+    flops = np.exp(log_flops)
+    return _best(other, flops, unique)[1] - _best(law, flops, unique)[1]
+
+
+def _crossing(law: Law, other: Law, unique: float, ends: np.ndarray, gaps: np.ndarray) -> float:
+    """Logarithm of the FLOPs at which the losses are equal, between two `ends` whose gaps differ in sign."""
+    while ends[1] - ends[0] > _FINER:
+        places = np.linspace(*ends, 12)
+        inner = np.concatenate([gaps[:1], _gaps(law, other, unique, places[1:-1]), gaps[1:]])
+        at = int(np.flatnonzero((inner[1:] < 0) != (inner[:-1] < 0))[0])
+        ends, gaps = places[at : at + 2], inner[at : at + 2]
+    return float(ends[0] + (ends[1] - ends[0]) * gaps[0] / (gaps[0] - gaps[1]))
+
+
+def first_win_interval(
+    laws: Sequence[Law], others: Sequence[Law], unique: float, within: tuple[float, float]
+) -> tuple[float, float]:
+    """The 95 % range of the FLOPs from which on the second law first has the lower loss, over pairs of resampled laws.
+
+    Returns:
+        Lower and upper end. The beginning of `within` means there or below; infinity means beyond its end or never.
+    """
+    starts = []
+    for law, other in zip(laws, others, strict=False):
+        won = ranges_won(law, other, unique, within)
+        starts.append(won[0][0] if won else math.inf)
+    # a value that occurred, for there is nothing between a number and infinity
+    low, high = np.quantile(starts, [0.025, 0.975], method="inverted_cdf")
+    return float(low), float(high)
 
 
 def _decay(law: Law) -> float:

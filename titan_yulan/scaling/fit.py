@@ -77,7 +77,7 @@ def fit(
         seed: of the resampling.
 
     Raises:
-        UserError: too few runs, or none that says what repeats or extra parameters are worth.
+        UserError: runs of two objectives, too few runs, or none that says what repeats or extra parameters are worth.
     """
     _check(runs, form, tied)
     data = np.array([[run.parameters, run.tokens, min(run.unique_tokens, run.tokens)] for run in runs]).T
@@ -94,6 +94,11 @@ def fit(
 
 
 def _check(runs: Sequence[Run], form: str, tied: bool) -> None:
+    if len(kinds := sorted({run.objective for run in runs} - {""})) > 1:
+        raise UserError(
+            f"the runs have different objectives, {' and '.join(kinds)}, whose losses follow different laws: fit one at a "
+            f"time, with --objective {kinds[0]} or a narrower list of runs"
+        )
     needed = len(FORMS[form]) - tied
     if len(runs) <= needed:
         raise UserError(f"{len(runs)} runs cannot determine the {needed} coefficients of {form!r}: give more than that")

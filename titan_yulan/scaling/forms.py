@@ -51,10 +51,6 @@ class Law:
         values = np.exp(log_loss(self.theta, *(array.ravel() for array in flat))).reshape(flat[0].shape)
         return values if values.ndim else float(values)
 
-    def optimal_parameters(self, tokens: float) -> float:
-        """The size at which as many fresh tokens as that are spent best, under compute 6 N D."""
-        return float(np.exp(_log_optimal_parameters(self.theta, math.log(tokens))))
-
 
 def law_of(theta: np.ndarray) -> Law:
     """The law of a vector of logarithms."""

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_yulan import config as configuration
-from titan_yulan.checkpoint.layout import newest_readable
+from titan_yulan.checkpoint.layout import TrainerState, newest_readable
 from titan_yulan.config.model import count_parameters
+from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.values import Tokens
+from titan_yulan.curriculum.plan import Plan
+from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import UserError
 from titan_yulan.monitor.best import mean_validation_loss
 from titan_yulan.monitor.metrics import read_lines
@@ -29,6 +32,7 @@ class Run:
         tokens: trained tokens, repeats counted.
         unique_tokens: different ones among them.
         loss: validation loss in nats.
+        objective: `[objective] kind` that it was trained with; empty: a table did not say.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Run:
     tokens: float
     unique_tokens: float
     loss: float
+    objective: str = ""
 
     @property
     def epochs(self) -> float:
@@ -43,14 +48,21 @@ class Run:
         return self.tokens / self.unique_tokens
 
 
-def read_runs(inputs: Sequence[Path], best: bool = False) -> list[Run]:
-    """All runs of the inputs: a run folder, a folder of run folders, or a table (.csv).
+class Unfinished(UserError):
+    """A run that has not trained to the end of its plan: its loss is that of a learning rate still high."""
+
+
+def read_runs(inputs: Sequence[Path], best: bool = False, objective: str = "") -> list[Run]:
+    """All runs of the inputs: a run folder, a folder of run folders, or a table (.csv). Runs of such a folder that are
+    not finished are left out, with a printed line.
 
     Args:
-        best: of a run folder the lowest validation loss, with the tokens trained until then, instead of the last.
+        best: of a run folder the lowest validation loss, with the tokens trained until then, instead of the last; of an
+            unfinished run too.
+        objective: leave out runs that say another one.
 
     Raises:
-        UserError: an input is none of these, or holds something that is no result.
+        UserError: an input is none of these, or holds something that is no result, or no run is left.
     """
     runs = []
     for path in inputs:
@@ -59,16 +71,30 @@ def read_runs(inputs: Sequence[Path], best: bool = False) -> list[Run]:
         elif (path / "validation.jsonl").is_file():
             runs.append(read_run(path, best))
         else:
-            folders = sorted(file.parent for file in path.glob("*/validation.jsonl"))
-            if not folders:
-                raise UserError(f"{path} is no run folder, no folder of run folders, and no .csv table of runs")
-            runs += [read_run(folder, best) for folder in folders]
+            runs += _read_folders(path, best)
+    kept = [run for run in runs if not objective or run.objective in ("", objective)]
+    if not kept:
+        kinds = ", ".join(sorted({run.objective for run in runs}))
+        raise UserError(f"no run is {objective}: the runs found are {kinds}" if runs else "no run is finished")
+    return kept
+
+
+def _read_folders(path: Path, best: bool) -> list[Run]:
+    folders = sorted(file.parent for file in path.glob("*/validation.jsonl"))
+    if not folders:
+        raise UserError(f"{path} is no run folder, no folder of run folders, and no .csv table of runs")
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder, best))
+        except Unfinished as error:
+            print(f"left out: {error}")
     return runs
 
 
 def read_table(path: Path) -> list[Run]:
     """Read a table with the columns parameters, tokens, unique_tokens (may be missing: all are) and loss, in any order;
-    `name` and others may be there. Amounts may be written as in "1.2B".
+    `name`, `objective` and others may be there. Amounts may be written as in "1.2B".
 
     Raises:
         UserError: with the line and column of the mistake.
@@ -82,9 +108,11 @@ def read_table(path: Path) -> list[Run]:
         raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; a table of runs has {', '.join(COLUMNS)}")
     runs = []
     for number, line in enumerate(lines, start=2):
-        values = {name: _amount(line.get(name) or line["tokens"], f"{path}:{number}: {name}") for name in COLUMNS}
+        line["unique_tokens"] = line.get("unique_tokens") or line["tokens"]
+        values = {name: _amount(line[name], f"{path}:{number}: {name}") for name in COLUMNS}
         values["unique_tokens"] = min(values["unique_tokens"], values["tokens"])
-        runs.append(Run(line.get("name") or f"line {number}", **values))
+        objective = (line.get("objective") or "").strip()
+        runs.append(Run(line.get("name") or f"line {number}", **values, objective=objective))
     return runs
 
 
@@ -102,22 +130,46 @@ def read_run(folder: Path, best: bool = False) -> Run:
     """What a run folder says: its parameters, tokens, the different ones among them, and its validation loss, the mean
     over the held-out parts weighted by the last phase's mix.
 
+    Args:
+        best: the lowest validation loss instead of the last, of an unfinished run too, with a printed line.
+
     Raises:
-        UserError: it has no finite validation loss, or no checkpoint that says what was read.
+        Unfinished: its newest checkpoint is before its last step (not with `best`), or there is none.
+        UserError: it has no finite validation loss.
     """
+    checkpoint = newest_readable(folder / "checkpoints", print)
+    if checkpoint is None:
+        raise Unfinished(f"{folder} has no checkpoint that says what was read; let it train")
+    config = configuration.load(checkpoint.path / "config.toml").config
+    state = checkpoint.state()
+    _check_finished(folder, checkpoint.step, _last_step(config, state), best)
     lines = [line for line in read_lines(folder / "validation.jsonl") if line["tokens"] > 0 and line["validation_loss"]]
     if lines and None in lines[-1]["validation_loss"].values() and not best:
         raise UserError(f"{folder}: the last validation loss is not finite; leave the run out, or take --best")
     lines = [line for line in lines if None not in line["validation_loss"].values()]
-    checkpoint = newest_readable(folder / "checkpoints", print)
-    if not lines or checkpoint is None:
-        missing = "checkpoint" if lines else "validation loss after its first step"
-        raise UserError(f"{folder} has no {missing}; leave it out, or let it finish")
-    config = configuration.load(checkpoint.path / "config.toml").config
+    if not lines:
+        raise UserError(f"{folder} has no finite validation loss after its first step; leave it out")
     mix = config.phases[-1].mix
     losses = [mean_validation_loss(line["validation_loss"], mix) for line in lines]
     chosen = min(range(len(lines)), key=lambda i: (losses[i], i)) if best else len(lines) - 1
-    read = checkpoint.state().ledger.values()
-    unique = sum(entry["tokens"] / max(1.0, entry["epochs"] or 1.0) for entry in read)
+    unique = sum(entry["tokens"] / max(1.0, entry["epochs"] or 1.0) for entry in state.ledger.values())
     tokens = float(lines[chosen]["tokens"])
-    return Run(folder.name, count_parameters(config.model), tokens, min(tokens, unique), losses[chosen])
+    parameters = count_parameters(config.model)
+    return Run(folder.name, parameters, tokens, min(tokens, unique), losses[chosen], config.objective.kind)
+
+
+def _last_step(config: RunConfig, state: TrainerState) -> int:
+    """The step at which the plan ends; a run that began from another counts on from there."""
+    origin = state.origin
+    return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"]).end.step
+
+
+def _check_finished(folder: Path, step: int, last: int, best: bool) -> None:
+    if step >= last:
+        return
+    place = f"{folder} is at step {step:,} of {last:,}"
+    if not best:
+        raise Unfinished(
+            f"{place}: its learning rate has not come down, so its loss is no result; let it finish, or take --best"
+        )
+    print(f"note: {place}: its schedule was not finished, so its lowest loss may be higher than it had to be")

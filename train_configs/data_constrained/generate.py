@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from titan_yulan.config.family import FAMILY, PREFIX, formula_parameters
+from titan_yulan.scaling.answers import tokens_for_one_epoch
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -47,7 +48,7 @@ size = [
 
 def tokens(flops: str, millions: int) -> int:
     """Fresh tokens that a size of the family gets for so much compute."""
-    return round(float(flops) / (6 * formula_parameters(FAMILY[f"{PREFIX}{millions}m"])))
+    return round(tokens_for_one_epoch(float(flops), formula_parameters(FAMILY[f"{PREFIX}{millions}m"])))
 
 
 def text() -> str:
