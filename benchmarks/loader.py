@@ -10,9 +10,11 @@ them after packing and mixing offline. All sides then read every row once a roun
 sources as it reads, gives every token the number of its document, and computes every row's fingerprint; theirs give
 tokens alone, except in the lines of "the same work": there the numbers of the documents are a column, and the rows'
 fingerprints are computed by our function. "First pass" is a new reader, which compares every shard's SHA-256 before it
-uses it, as a run does; "later passes" has done so. Peers read random rows, as a sampler that shuffles asks for them,
-one at a time and stacked, or a batch at a time; and in stored order, where nothing is left to mix and rows only have
-to be copied. The arrow format gives tables; where it says so they are made into the int64 tensor that a model wants.
+uses it, as a run does; "later passes" has done so. Peers have no thread, and where batches are taken as fast as they
+come, two threads of Python get into each other's way: so ours is also shown without. Peers read random rows, as a
+sampler that shuffles asks for them, one at a time and stacked, or a batch at a time; and in stored order, where
+nothing is left to mix and rows only have to be copied. The arrow format gives tables; where it says so they are made
+into the int64 tensor that a model wants.
 
 Then a consumer takes our batches at the pace of eight H100s with 28,700 tokens/s each, all rows in one process, and
 sleeps in between; data wait is the share of the time that `Loader.waited` sums up, from the second step on.
@@ -41,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.measuring import Timing, best, head, in_turn, median, table
 from titan_yulan.curriculum.mixture import Mixture
 from titan_yulan.data import hashing
-from titan_yulan.data.loader import Loader, fingerprint
+from titan_yulan.data.loader import Loader, fingerprint, read_rows
 from titan_yulan.data.source import Source, describe_shard, write_description, write_shard
 from titan_yulan.data.tape import Tape
 
@@ -50,6 +52,7 @@ SHARD_TOKENS = 10_000_000
 SOURCES = {"web": (0.5, 700), "books": (0.3, 1500), "chat": (0.2, 300)}  # share, mean tokens of a document
 PACE = 8 * 28_700  # tokens a second
 FIRST, LATER = "ours, first pass (hashes compared)", "ours, later passes"
+ALONE = "ours, later passes, without the thread that reads ahead"
 TORCH_ROW = "`datasets`, torch format, random rows, one at a time"
 TORCH = "`datasets`, torch format, random rows, a batch at a time"
 TORCH_STORED = "`datasets`, torch format, stored order, a batch at a time"
@@ -155,6 +158,13 @@ class Sides:
                 fingerprint(batch.tokens)
                 yield batch.tokens
 
+    def alone(self) -> Iterator[Tensor]:
+        size = self.order.batch_rows
+        for start in range(0, self.order.steps * size, size):
+            batch = read_rows(self.order, self.tapes, np.arange(start, start + size), size)
+            fingerprint(batch.tokens)
+            yield batch.tokens
+
     def stored(self, rows: Any) -> Iterator[Any]:
         size = self.order.batch_rows
         for start in range(0, self.order.steps * size, size):
@@ -210,6 +220,7 @@ class Sides:
         makers: dict[str, Callable[[], Iterable[Any]]] = {
             FIRST: lambda: self.ours([Tape(source, 0) for source in self.sources]),
             LATER: lambda: self.ours(self.tapes),
+            ALONE: self.alone,
             TORCH_ROW: lambda: (torch.stack([tensors[i]["input_ids"] for i in rows]) for rows in self.random()),
             TORCH: lambda: (ids(tensors[rows]) for rows in self.random()),
             TORCH_STORED: lambda: (ids(batch) for batch in self.stored(tensors)),

@@ -4,7 +4,8 @@
 #     sbatch deploy/slurm.sh --config mine.toml
 #
 # The job asks to be queued again when the run was stopped (75: the time limit is near, a preemption, a stop file), and a
-# few times when it failed. It ends when the run is finished (0), the configuration is wrong (2), or failures repeat.
+# few times when it failed. It ends when the run is finished (0), refused (2: the configuration is wrong, or another
+# start trains it), or failures repeat.
 # Settings from the environment (sbatch --export=ALL,NAME=VALUE): NNODES for an elastic run, such as 3:4, together with
 # `sbatch --no-kill`; RDZV_PORT; MAX_FAILURES in a row (3); STATE_DIR, where this job keeps its two small files.
 
@@ -44,6 +45,8 @@ rm -f "$CODE_FILE"
 first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export RDZV_ENDPOINT="$first:${RDZV_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 export NNODES="${NNODES:-$SLURM_JOB_NUM_NODES}"
+# Since Slurm 22.05 srun does not take it over from the job, and a task would get one core.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
 # On every node. The first one's exit code is the run's: others may leave an elastic run that goes on.
 # shellcheck disable=SC2016
@@ -76,7 +79,7 @@ case "$code" in
         ;;
     75) failures=0 ;;
     2)
-        echo "ERROR: the configuration or its files are wrong; not queued again" >&2
+        echo "ERROR: refused, for the reason above; not queued again" >&2
         exit 2
         ;;
     *)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from titan_yulan.checkpoint.published import check_published, open_published, pl
 from titan_yulan.checkpoint.resume import check_start, make_plan
 from titan_yulan.checkpoint.universal import check_universal, is_universal, open_universal, read_progress
 from titan_yulan.checkpoint.universal_state import load_universal, read_step
+from titan_yulan.config import load as load_configuration
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import RunError, UserError
@@ -150,6 +152,9 @@ def test_counters_of_another_step_are_refused(folder: Path) -> None:
         make_plan(begin_from(folder), None)
 
 
+CONFIGS = Path(__file__).resolve().parents[2] / "train_configs"
+
+
 def after_others(*lengths: int) -> RunConfig:
     """Phases of so many steps before one that goes on with their learning rate."""
     config = run_config(MODEL)
@@ -169,11 +174,41 @@ def test_phases_before_it_count_as_trained(folder: Path) -> None:
     line, note = check_published(config, open_published(folder), 2)
     assert line.endswith("begins with it at step 5, token 640 as if the 2 phases before 'anneal' had been trained here")
     assert note == "note: its trainer counted 1 epochs, and there are 2 phases here before phase 'anneal'"
-    edit(folder / "trainer_state.json", epoch=1.99, num_input_tokens_seen=1234)
-    _, note = check_published(config, open_published(folder), 2)
-    assert note == "note: its trainer counted 1,234 tokens, and there are 640 here before phase 'anneal'"
-    _, _, note = check_published(after_others(3, 2), open_published(folder), 2)
+    edit(folder / "trainer_state.json", epoch=1.99)
+    assert len(check_published(config, open_published(folder), 2)) == 1
+    _, note = check_published(after_others(3, 2), open_published(folder), 2)
     assert note.startswith("note: its trainer counted 4 steps before its last phase, and there are 3 here before ")
+
+
+def test_tokens_of_other_phases_than_those_before_it_are_refused(folder: Path) -> None:
+    config = after_others(4, 1)  # 640 tokens
+    edit(folder / "trainer_state.json", epoch=9.0, num_input_tokens_seen=5)
+    told = r"counted 5 tokens, and the phases before it have 640: more than 0.1% apart. .*--allow-change tokens if .*="
+    with pytest.raises(UserError, match=told + "$"):
+        check_published(config, open_published(folder), 2, ["model.rope_theta"])
+    _, *notes = check_published(config, open_published(folder), 2, ["tokens"])
+    assert notes == [
+        "note: its trainer counted 9 epochs, and there are 2 phases here before phase 'anneal'",
+        "note: its trainer counted 5 tokens, and there are 640 here before phase 'anneal'",
+    ]
+    begin = replace(config, phases=config.phases[2:], first_phase=0)  # alone, it counts on from there
+    assert plan_from(begin, folder).phases[0].start == Position(GLOBAL_STEP, 40, 5)
+
+
+def test_the_published_step_of_yulan_mini_ends_phase_25(tmp_path: Path) -> None:
+    """Its counters and the tokens of its recipes are 0.05 % apart; more than a thousandth is another curriculum."""
+    config = load_configuration(CONFIGS / "yulan_mini" / "phase26.toml").config
+    (tmp_path / "global_step243198_universal" / "zero").mkdir(parents=True)
+    (tmp_path / "latest_universal").write_text("global_step243198_universal")
+    for tokens, fits in {
+        1_004_108_120_064: True,
+        243_307 * 4_128_768: True,
+        int(0.9989 * 1_004_108_120_064): False,
+    }.items():
+        counters = {"global_step": 243_198, "epoch": 25.0, "num_input_tokens_seen": tokens}
+        (tmp_path / "trainer_state.json").write_text(json.dumps(counters))
+        with nullcontext() if fits else pytest.raises(UserError, match="phases before it have 1,004,108,120,064: more"):
+            assert plan_from(config, tmp_path, 25).phases[25].start.token == 1_004_108_120_064
 
 
 def test_a_state_that_does_not_end_the_phases_before_is_refused(folder: Path) -> None:

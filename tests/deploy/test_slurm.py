@@ -31,6 +31,7 @@ done
 _SRUN = """#!/usr/bin/env bash
 [ "$1" = --kill-on-bad-exit=0 ] || exit 99
 shift
+echo "cpus per task: ${SRUN_CPUS_PER_TASK-not said}"
 SLURM_NODEID=0 "$@" & a=$!
 SLURM_NODEID=1 "$@" & b=$!
 trap 'kill -USR1 $a $b' USR1
@@ -117,8 +118,9 @@ def submit(tmp_path) -> Callable[..., Job]:
 
 
 def test_a_finished_run_ends_the_job(submit, tmp_path) -> None:
-    job = submit("0")
+    job = submit("0", SLURM_CPUS_PER_TASK="64")
     assert (job.starts, job.code) == (1, 0), job.output
+    assert "cpus per task: 64\n" in job.output
     assert "node 0 2 node1:20007 --config my file.toml" in job.output
     assert "node 1 2 node1:20007 --config my file.toml" in job.output
     assert not list((tmp_path / "checkout" / "slurm-state").iterdir())
@@ -130,9 +132,10 @@ def test_a_stopped_run_is_queued_again_however_often(submit) -> None:
 
 
 def test_a_wrong_configuration_is_not(submit) -> None:
-    job = submit("2")
+    job = submit("2", SLURM_CPUS_PER_TASK="")
     assert (job.starts, job.code) == (1, 2), job.output
-    assert "not queued again" in job.output
+    assert "ERROR: refused, for the reason above; not queued again" in job.output
+    assert "cpus per task: not said\n" in job.output
 
 
 def test_a_failure_is_tried_again_three_times_in_a_row(submit) -> None:

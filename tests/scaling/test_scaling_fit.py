@@ -69,3 +69,6 @@ def test_refusals():
         fit([replace(run, parameters=1e8) for run in runs], "chinchilla")
     with pytest.raises(UserError, match=r"no run repeats its data.*--form chinchilla"):
         fit([replace(run, unique_tokens=run.tokens) for run in runs], "data_constrained")
+    two = [replace(run, objective=kind) for run in runs for kind in ("masked_diffusion", "autoregressive")]
+    with pytest.raises(UserError, match=r"autoregressive and masked_diffusion.*--objective autoregressive"):
+        fit(two, "data_constrained")

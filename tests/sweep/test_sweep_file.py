@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -121,7 +125,7 @@ def test_what_became_of_the_runs(tmp_path: Path) -> None:
     reach(done, end)
     reach(half, 5)
     write_status(failed.folder, "failed", 1)
-    runs = load_runs(sweep_of(tmp_path, text.replace("size = 4", "size = 2")))  # what the grid does not set may change
+    runs = load_runs(sweep_of(tmp_path, text.replace("size = 4", "size = 2")))  # decides nothing
     states = ["finished", f"at step 5 of {end}", f"failed at step 0 of {end}", "not begun"]
     assert [run.state for run in runs] == states
     assert [(run.finished, run.begun, run.failed) for run in runs] == [
@@ -132,14 +136,55 @@ def test_what_became_of_the_runs(tmp_path: Path) -> None:
     ]
     cost = (3 - 5 / end) * runs[0].flops
     assert list(table_lines(runs))[-1] == f"4 runs, 1 finished, {cost:.3g} FLOPs to go"
-    with pytest.raises(UserError, match=r"(?s)run 1: .* begun without --optimizer.learning_rate=0.5.*\nrun 2: .*begun"):
-        load_runs(sweep_of(tmp_path, text.replace("0.25", "0.5")))
     with pytest.raises(UserError, match=r"run 1: .*\n  model.num_hidden_layers: 4 -> 3\n.*\nrun 2: "):
         load_runs(sweep_of(tmp_path, text, "--model.num_hidden_layers=3"))
     script = write_array(tmp_path / "sweep.toml", tmp_path / "out", runs).read_text()
     assert "#SBATCH --array=1-3\n" in script and "\n    0)" not in script
     with pytest.raises(UserError, match=r"all 1 runs of .* are finished"):
         write_array(tmp_path / "sweep.toml", tmp_path / "out", runs[:1])
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("optimizer.learning_rate", "0.25", "0.5"),
+        ("objective.token_mask_share", "0.0", "0.1"),
+        ("phase.one.unique_tokens", '"100K"', '"120K"'),
+    ],
+)
+def test_a_run_that_has_begun_keeps_its_configuration(tmp_path: Path, key: str, old: str, new: str) -> None:
+    grid = 'config = "base.toml"\nname = "{seed}"\n[grid]\nrun.seed = [1, 2]\n'
+    before = grid + "optimizer.learning_rate = [0.25]\n"
+    first, second = load_runs(sweep_of(tmp_path, before))
+    reach(first, first.plan.end.step)
+    reach(second, 1)
+    moved = grid + f"[set]\noptimizer.learning_rate = 0.25\n{key.replace('one.', '')} = {new}\n"
+    if key == "optimizer.learning_rate":  # from the grid to all runs, with another value
+        moved = moved.replace("optimizer.learning_rate = 0.25\n", "")
+    differs = re.escape(f"{key}: {old} -> {new}")
+    with pytest.raises(
+        UserError, match=rf"(?s)another configuration than this one.*\n  {differs}\nBring the old"
+    ) as no:
+        load_runs(sweep_of(tmp_path, moved))
+    assert str(no.value).startswith("runs 1, 2: begun with") and str(no.value).count(" -> ") == 1
+    runs = load_runs(sweep_of(tmp_path, before, "--activation_checkpoint.mode=full", "--monitor.log_every=3"))
+    layout = 'phase.one.activation_checkpoint.mode: "none" -> "full"'
+    assert list(table_lines(runs))[3:5] == [
+        f"run 1: changed since step {first.plan.end.step}: {layout}",
+        f"run 2: changed since step 1: {layout}",
+    ]
+
+
+def test_phases_and_sources_may_follow(tmp_path: Path) -> None:
+    text = 'config = "base.toml"\nname = "{seed}"\n[grid]\nrun.seed = [1]\n'
+    [run] = load_runs(sweep_of(tmp_path, text))
+    reach(run, run.plan.end.step)
+    sweep = sweep_of(tmp_path, text)
+    late = BASE + '[data.sources.late]\npath = "late"\norder = "keep"\n'
+    write(tmp_path, "one.toml", late + PHASE)
+    write(tmp_path, "base.toml", late + PHASE.replace('"one"', '"two"\nafter = "one.toml"'))
+    [run] = load_runs(sweep)
+    assert not run.finished and run.step == run.plan.phases[0].end.step
 
 
 def test_the_table_and_the_job_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +198,12 @@ def test_the_table_and_the_job_array(tmp_path: Path, capsys: pytest.CaptureFixtu
     text = (tmp_path / "base.toml").read_text()
     (tmp_path / "base.toml").write_text(text.replace("[data.sources.code]", '[data.sources.code]\ntext = ["x.md"]'))
     assert main([*command, "--slurm"]) == 0
-    script = Path(capsys.readouterr().out.removeprefix("sbatch ").strip())
+    told = capsys.readouterr()
+    [_, path] = shlex.split(told.out)
+    assert told.err == ""
+    script = Path(path)
+    assert main([*command, "--slurm"]) == 0
+    assert "cancel the old array first" in capsys.readouterr().err
     assert "#SBATCH --array=0-7\n" in script.read_text() and "#SBATCH --requeue\n" in script.read_text()
     (tmp_path / "deploy").mkdir()
     (tmp_path / "deploy" / "slurm.sh").write_text('printf "%s\\n" "$@"\n')
@@ -172,16 +222,34 @@ def test_the_table_and_the_job_array(tmp_path: Path, capsys: pytest.CaptureFixtu
             assert load(Path(arguments[1]), arguments[2:]).config.run.name == "l-autoregressive-2.5-flat"
 
 
+def test_the_job_array_asks_for_what_a_single_job_asks_for(tmp_path: Path) -> None:
+    runs = seeds(tmp_path, 1)
+    array = write_array(tmp_path / "my grid, née 2.toml", tmp_path / "out", runs).read_text()
+    single = (Path(__file__).resolve().parents[2] / "deploy" / "slurm.sh").read_text()
+
+    def asked(text: str) -> dict[str, str]:
+        return dict(re.findall(r"^#SBATCH --([\w-]+)(.*)$", text, re.MULTILINE))
+
+    own = {"job-name": "=my-grid-n-e-2", "array": "=0", "nodes": "=1", "output": "=slurm-%A_%a.out"}
+    assert asked(array) == asked(single) | own
+
+
 FAKE = """
-import os, signal, sys
-name = [word for word in sys.argv if word.startswith("--run.name=")][0].removeprefix("--run.name=")
+import fcntl, os, signal, sys
+given = dict(word[2:].split("=", 1) for word in sys.argv if word.startswith("--run."))
+name = given["run.name"]
 print(name, os.environ["OMP_NUM_THREADS"], flush=True)
 if name == "5":  # the sweep is told to stop while this one trains
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     os.kill(os.getppid(), signal.SIGUSR1)
     signal.sigwait([signal.SIGTERM])
     sys.exit(75)
-sys.exit({"1": 0, "2": 1, "3": 0, "4": 75}[name])
+if name == "6":  # as a launcher does
+    try:
+        fcntl.flock(open(given["run.output_dir"] + "/6/.lock-0", "w"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(2)
+sys.exit({"6": 0, "1": 0, "2": 1, "3": 0, "4": 75}[name])
 """
 
 
@@ -238,6 +306,31 @@ def test_runs_are_trained_and_failures_do_not_end_the_others(tmp_path: Path, at_
     assert local.run_all([runs[0]], 1, said.append) == 0
     with pytest.raises(UserError, match="--run 0: at least 1"):
         local.run_all(runs, 0, said.append)
+
+
+@pytest.mark.usefixtures("trainer")
+def test_a_run_that_another_start_takes_first_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [run] = seeds(tmp_path, 6)
+    said: list[str] = []
+    other: list[int] = []
+    lock = local.try_lock
+
+    def try_lock(descriptor: int) -> bool:
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR  # NFS demands it
+        return lock(descriptor)
+
+    def say(line: str) -> None:
+        if "6: begins" in line and not other:  # the sweep has found the lock free
+            other.append(os.open(run.folder / ".lock-0", os.O_CREAT | os.O_RDWR))
+            fcntl.flock(other[0], fcntl.LOCK_EX)
+        if "another start is training" in line:
+            os.close(other[0])
+        said.append(line.split(" (")[0].split(",")[0])
+
+    monkeypatch.setattr(local, "try_lock", try_lock)
+    assert local.run_all([run], 1, say) == 0
+    waits = f"6: another start is training in {run.folder}"
+    assert said[1:] == ["6: begins", waits, "6: begins", "6: finished"]
 
 
 def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:

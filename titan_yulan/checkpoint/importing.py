@@ -7,6 +7,7 @@ export.
 
 from __future__ import annotations
 
+import math
 import platform
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch.futures import Future
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint import layout, store
 from titan_yulan.checkpoint.files import HashingWriter
-from titan_yulan.checkpoint.hugging_face import EMBEDDING, HuggingFaceFolder, StoredTensor, parameter_shapes
+from titan_yulan.checkpoint.hugging_face import CONFIG, EMBEDDING, HuggingFaceFolder, StoredTensor, parameter_shapes
 from titan_yulan.checkpoint.hugging_face_weights import load_hugging_face, opened
 from titan_yulan.checkpoint.layout import Checkpoint, TrainerState
 from titan_yulan.checkpoint.published import check_published, is_published, open_published, plan_from
@@ -35,6 +36,7 @@ from titan_yulan.checkpoint.universal import UniversalFolder
 from titan_yulan.checkpoint.universal_state import read_step
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.sections import RunConfig
+from titan_yulan.curriculum.plan import Plan
 from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 
@@ -60,7 +62,7 @@ def import_checkpoint(
         config: of the run; `[model]` must be this model, `[tokenizer]` its vocabulary, its phase the one that is to be
             trained from here (phases before it count as trained: `published.py`). `[run] name` and `output_dir` become
             those of `output`.
-        allow_changes: keys such as `model.rms_norm_eps` that may differ.
+        allow_changes: keys such as `model.rms_norm_eps` that may differ; `tokens`: the count of the phases before.
         report: gets lines about what is done.
 
     Raises:
@@ -78,14 +80,9 @@ def import_checkpoint(
     for line in check_published(config, published, config.first_phase, allow_changes):
         report(line)
     weights = published.weights if isinstance(published, UniversalFolder) else published
-    state = _state(config, published)
-    theta = next(phase.rope_theta for phase in config.phases if phase.name == state.phase)
-    if theta and theta != weights.model.rope_theta:
-        report(
-            f"note: phase {state.phase!r} sets rope_theta = {theta:g}, the folder has "
-            f"{weights.model.rope_theta:g}: eval, generate and export of this checkpoint use the phase's; leave the key"
-            " out to have the model as it was published"
-        )
+    state = _state(config, plan_from(config, source, config.first_phase, allow_changes))
+    for line in _theta_lines(config, state.phase, weights):
+        report(line)
     if config.model.tie_word_embeddings:  # a head that is there as well must be the embedding
         load_hugging_face(weights, {EMBEDDING: torch.empty(weights.tensors[EMBEDDING].shape)})
     path = layout.step_folder(output / "checkpoints", state.step)
@@ -103,14 +100,13 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output: {output} has checkpoints already; name a new run folder")
 
 
-def _state(config: RunConfig, published: HuggingFaceFolder | UniversalFolder) -> TrainerState:
+def _state(config: RunConfig, plan: Plan) -> TrainerState:
     tokenizer = Tokenizer.load(Path(config.tokenizer.path))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"tokenizer.path: {config.tokenizer.path} has {tokenizer.vocab_size} entries and the model "
             f"{config.model.vocab_size}: it was not trained with this vocabulary; name its own"
         )
-    plan = plan_from(config, published.path, config.first_phase)
     origin, start = plan.phases[0], plan.phases[config.first_phase]
     return TrainerState(
         **asdict(start.start),
@@ -121,7 +117,22 @@ def _state(config: RunConfig, published: HuggingFaceFolder | UniversalFolder) ->
         tokenizer=tokenizer.fingerprint,
         versions={"torch": torch.__version__, "python": platform.python_version()},
         origin={**asdict(origin.start), "tapes": dict(zip(plan.sources, origin.tape_start, strict=True))},
+        mixture_history=[entry.to_json() for entry in plan.history],
     )
+
+
+def _theta_lines(config: RunConfig, phase: str, folder: HuggingFaceFolder) -> list[str]:
+    """A rotary base of the checkpoint that is not the folder's: no tensor shows it, and the model is another one."""
+    own = next(section.rope_theta for section in config.phases if section.name == phase)
+    theirs, ours = folder.model.rope_theta, own or config.model.rope_theta
+    if math.isclose(theirs, ours, rel_tol=1e-9):  # published numbers may have been rounded
+        return []
+    key = f"rope_theta of phase {phase!r}" if own else "model.rope_theta"
+    return [
+        f"note: {folder.path / CONFIG} has rope_theta = {theirs:g}, and {key} is {ours:g}: eval, generate and export "
+        f"of this checkpoint compute with {ours:g}, which gives other numbers than the model in that folder. To have "
+        f"that model, set {key} to {theirs:g} and import again"
+    ]
 
 
 def _readers(published: HuggingFaceFolder | UniversalFolder, shapes: Mapping[str, Shape]) -> dict[str, Reader]:

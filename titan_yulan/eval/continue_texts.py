@@ -117,8 +117,9 @@ def _write_all(
     """Batches of prompts of similar length, one batch after the other."""
     found: dict[int, Continuation] = {}
     speed, write = Speed(), writing(model.mask_token_id, settings.steps)
-    lengths = [len(prompt) + min(settings.new_tokens, context - len(prompt)) for prompt in prompts]
-    for batch in batches_of(lengths, settings.batch_tokens):
+    lengths = [len(prompt) for prompt in prompts]
+    rooms = [min(settings.new_tokens, context - length) for length in lengths]
+    for batch in batches_of(lengths, settings.batch_tokens, rooms):
         streams = [
             TextStream(model.tokenizer, prompts[i], lambda piece, i=i: output.add(i, piece))  # type: ignore[misc]
             for i in batch

@@ -191,9 +191,10 @@ class DiffusionLikelihoods(Likelihoods):
 
         def tell(batch: list[int]) -> dict:
             nonlocal done
+            values = work(batch)
             done += len(batch) * self.share.size
             progress(min(done, len(lengths)), len(lengths))
-            return work(batch)
+            return values
 
         return self.share.run(batches_of(lengths, self.batch_tokens), tell)
 

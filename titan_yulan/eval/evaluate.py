@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from titan_yulan.data.tokenizer import Tokenizer
+from titan_yulan.data.workers import default_workers
 from titan_yulan.errors import UserError
 from titan_yulan.eval.answers import grade
 from titan_yulan.eval.check import check_works
@@ -204,10 +205,10 @@ class Evaluator:
         written = self._written(work)
         programs = [item.prefix + text.text + item.test for item, text in zip(items, written, strict=True)]
         tell = self._tell(work)
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
+        with ThreadPoolExecutor(max(1, default_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool:
 
             def run(places: Sequence[int]) -> dict[int, Outcome]:
-                outcomes = pool.map(run_program, [programs[place] for place in places])
+                outcomes = list(pool.map(run_program, [programs[place] for place in places]))
                 tell(places[-1] + 1, len(programs))
                 return dict(zip(places, outcomes, strict=True))
 

@@ -19,6 +19,7 @@ from titan_yulan.eval.diffusion import diffusion_of
 from titan_yulan.eval.evaluate import Evaluator
 from titan_yulan.eval.find_work import Work, find_work
 from titan_yulan.eval.finished import Finished
+from titan_yulan.eval.metrics import SCORING
 from titan_yulan.eval.open_model import in_precision, open_device, open_model
 from titan_yulan.eval.progress import Progress
 from titan_yulan.eval.report import Report, write_reports
@@ -138,9 +139,11 @@ def _evaluate(
         facts |= {"likelihood": diffusion.likelihood, "samples": diffusion.samples}
     # the same on all ranks, whichever GPU is theirs
     how = {"device": place.type, "batch_tokens": settings.batch_tokens, "max_new_tokens": settings.max_new_tokens}
+    whose = {"model": model.fingerprint, "tokenizer": model.tokenizer.fingerprint, "scoring": SCORING}
     results = []
     for work in works:
-        of = {"model": model.fingerprint, "task": work.task.name, "data": work.data, **facts, **how}
+        of = {"task": work.task.name, "metric": work.task.metric, "data": work.data, **whose, **facts, **how}
+        ranks.progress.begin(work.task.name)
         result = finished.find(of)
         if result is not None:
             ranks.progress.say(f"{work.task.name}: was finished before")
@@ -151,7 +154,7 @@ def _evaluate(
             value = result.metrics[result.metric]
             ranks.progress.say(f"{work.task.name}: {result.metric} {value:.4f}, {result.seconds:,.1f} s")
         results.append(result)
-    return Report(title or str(run), str(run), model.fingerprint, facts, results)
+    return Report(title or str(run), str(run), model.fingerprint, model.tokenizer.fingerprint, facts, results)
 
 
 class _Ranks:

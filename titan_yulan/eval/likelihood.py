@@ -169,9 +169,10 @@ class Likelihoods:
 
         def work(batch: list[int]) -> dict[int, tuple[float, bool]]:
             nonlocal done
+            values = self._batch([rows[row] for row in batch], spans)
             done += sum(len(rows[row].places) for row in batch) * self.share.size
             progress(min(done, len(spans)), len(spans))
-            return self._batch([rows[row] for row in batch], spans)
+            return values
 
         found = self.share.run(batches_of([len(row.tokens) for row in rows], self.batch_tokens), work)
         return [found[place] for place in range(len(spans))]

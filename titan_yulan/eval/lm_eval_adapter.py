@@ -7,6 +7,8 @@ simple_evaluate(model=TitanYulan("runs/yulan_mini"), tasks=["arc_easy"])
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ try:
     from lm_eval.api.model import LM  # pyrefly: ignore[missing-import]
 except ImportError as error:
     raise UserError("the package lm-eval is not installed: pip install 'titan-yulan[eval]'") from error
+
+_LOG = logging.getLogger(__name__)
 
 
 class TitanYulan(LM):
@@ -56,6 +60,7 @@ class TitanYulan(LM):
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(log-likelihood of the continuation, whether it is the likeliest) for each (context, continuation)."""
         found = self._likelihoods([encode_pair(self.tokenizer, *request.args) for request in requests])
+        self._tell_cuts("loglikelihood", [value.cut for value in found])
         return [(value.logprob, value.greedy is True) for value in found]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
@@ -68,7 +73,7 @@ class TitanYulan(LM):
         """What is written after each context, up to a stop; sampling is refused.
 
         Raises:
-            UserError: a request samples.
+            UserError: a request samples, or may write more than the model reads.
         """
         asked = []
         for number, request in enumerate(requests):
@@ -78,5 +83,24 @@ class TitanYulan(LM):
             until = options.get("until") or []
             stop = (until,) if isinstance(until, str) else tuple(until)
             tokens = options.get("max_gen_toks", DEFAULT_NEW_TOKENS)
-            asked.append(Generation(str(number), context, stop, min(tokens, self.context - 1)))
-        return [written.text for written in self._writer(asked)]
+            if tokens >= self.context:
+                raise UserError(
+                    f"generate_until: a request may write {tokens} tokens, and the model reads {self.context}: lower "
+                    "max_gen_toks (generation_kwargs of the task, or gen_kwargs of the harness), or raise context if "
+                    "the model can"
+                )
+            asked.append(Generation(str(number), context, stop, tokens))
+        found = self._writer(asked)
+        self._tell_cuts("generate_until", [written.cut for written in found])
+        return [written.text for written in found]
+
+    def _tell_cuts(self, what: str, cuts: Sequence[bool]) -> None:
+        if any(cuts):
+            _LOG.warning(
+                "%s: %d of %d contexts are longer than the %d tokens that the model reads leave room for, and lost "
+                "their first ones",
+                what,
+                sum(cuts),
+                len(cuts),
+                self.context,
+            )

@@ -15,22 +15,29 @@ _CELLS = 30
 class Progress:
     """Called with (task, done, total) as often as anything is done; `say` prints other lines without breaking the bar.
 
-    Of a task, the speed is that since its first call.
+    The speed is that since the task was begun. A task that was not, or of which less is done than before, begins with
+    its call: what was done until then took no time that is known.
     """
 
     def __init__(self, say: Say, terminal: TextIO | None = None) -> None:
         """`terminal`: where the bar is drawn; None: lines go to `say` instead."""
         self._say, self._terminal = say, terminal
         self._task, self._begin, self._shown, self._drawn = "", 0.0, 0.0, False
+        self._first, self._last = 0, 0  # done when the task began, and at the last call
+
+    def begin(self, task: str, done: int = 0) -> None:
+        """Start the clock of a task, also of one that has the name of the one before."""
+        self._task, self._first, self._last = task, done, done
+        self._begin = self._shown = time.perf_counter()
 
     def __call__(self, task: str, done: int, total: int) -> None:
-        now = time.perf_counter()
-        if task != self._task:
-            self._task, self._begin, self._shown = task, now, now
+        if task != self._task or done < self._last:
+            self.begin(task, done)
+        self._last, now = done, time.perf_counter()
         if now - self._shown < (_BAR_EVERY if self._terminal else _LINE_EVERY):
             return
         self._shown = now
-        speed = done / (now - self._begin)
+        speed = (done - self._first) / (now - self._begin)
         counts = f"{done:,} of {total:,}, {speed:,.1f} a second"
         if self._terminal is None:
             self._say(f"{task}: {counts}")

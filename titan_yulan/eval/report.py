@@ -14,17 +14,20 @@ import torch
 
 from titan_yulan.data.storage import write_atomic
 from titan_yulan.eval.evaluate import Result
+from titan_yulan.eval.metrics import SCORING
 
 _LOWER_IS_BETTER = ("bits_per_byte", "perplexity")
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of one model; `facts` are how it was run."""
+    """The results of one model; `fingerprint` is that of its weights, `tokenizer` that of its tokenizer, `facts` are how
+    it was run."""
 
     title: str
     path: str
     fingerprint: str
+    tokenizer: str
     facts: dict[str, Any]
     results: list[Result]
 
@@ -35,8 +38,9 @@ class Report:
             "model": self.path,
             "title": self.title,
             "fingerprint": self.fingerprint,
+            "tokenizer": self.tokenizer,
             **self.facts,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": {"torch": torch.__version__, "python": platform.python_version(), "scoring": SCORING},
             "tasks": {result["task"]: result for result in results},
         }
 

@@ -4,8 +4,10 @@ Kept from it: processor time, real time, memory, the size of files and of its ou
 folder and TCP connections (Landlock, Linux 5.13 and 6.7); from Python code also starting processes, any socket, and
 changing modes, owners or times of files (an audit hook). It gets no variables of the environment and no input.
 
-Not kept from it: reading files that the user can read, using bugs of the interpreter or the kernel, and, from native
-code that it loads, what the audit hook refuses. A model that may be hostile belongs into a virtual machine.
+Not kept from it: making many small files, reading files that the user can read, using bugs of the interpreter or the
+kernel, and, from native code that it loads and Python's own modules of it, what the audit hook refuses. One that reads
+its own memory (/proc/self/mem) can find the word by which its end is known. A model that may be hostile belongs into a
+virtual machine.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ _CREATE_RULESET = 444  # the number of the system call, on every architecture
 # program has run to its end, so that a program that leaves early has not passed.
 _GUARD = r"""
 import ctypes, os, resource, sys
+from collections import deque
+from functools import partial
+from operator import call
 folder, seconds, memory, file_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 word, _, program = sys.stdin.read().partition("\n")
 libc = ctypes.CDLL(None, use_errno=True)
@@ -55,12 +60,14 @@ if not done:
 for name, value in (("CPU", seconds), ("AS", memory), ("FSIZE", file_size), ("CORE", 0), ("NOFILE", 64)):
     resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 refused = ("os.fork", "os.forkpty", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "socket.",
-           "pty.", "ctypes.", "resource.", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr")
-def guard(event, arguments):
-    if event.startswith(refused):
-        raise PermissionError(f"{event} is not allowed here")
+           "pty.", "ctypes.", "resource.", "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr",
+           "gc.get_")  # which finds the guard and the word
 if abi < 3:
     refused += ("os.truncate",)  # before, Landlock does not keep files from being emptied
+# A default is not a global, nor a cell, which the frame of an exception would let the program write to.
+def guard(event, arguments, refused=refused):
+    if event.startswith(refused):
+        raise PermissionError(f"{event} is not allowed here")
 import _posixsubprocess
 def refuse(*arguments):
     raise PermissionError("starting processes is not allowed here")
@@ -70,10 +77,16 @@ os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.chdir(folder)
 sys.setrecursionlimit(2000)
 del sys.argv[1:]
+main = sys.modules["__main__"] = type(sys)("__main__")
+program = compile(program, "program", "exec")
 sys.addaudithook(guard)
-exec(compile(program, "program", "exec"), {"__name__": "__main__"})
-sys.stdout.flush()
-os.write(printed, b"\n" + word.encode())
+# The steps are held by no name, and no frame that the program can see holds them: nor can it see the word.
+deque(map(call, (
+    partial(globals().clear),
+    partial(exec, program, vars(main)),
+    sys.stdout.flush,
+    partial(os.write, printed, b"\n" + word.encode()),
+)), maxlen=0)
 """
 
 
@@ -103,32 +116,41 @@ def check_sandbox() -> None:
 
 def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
     """Whether `program` (Python) runs to its end within `seconds` and `memory` bytes; see the head of this file."""
+    folder = tempfile.TemporaryDirectory(prefix="titan-yulan-program-", ignore_cleanup_errors=True)
+    try:
+        return _run(program, folder.name, seconds, memory)
+    finally:
+        with contextlib.suppress(RecursionError):  # a folder in a folder in a folder ...: it stays
+            folder.cleanup()
+
+
+def _run(program: str, folder: str, seconds: float, memory: int) -> Outcome:
     word = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="titan-yulan-program-") as folder:
-        arguments = [folder, str(int(seconds) + 1), str(memory), str(_FILE_SIZE)]
-        with open(os.path.join(folder, "printed"), "w+b") as printed, tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _GUARD, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=printed,
-                stderr=errors,
-                cwd=folder,
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-            try:
-                process.communicate(f"{word}\n{program}".encode(errors="replace"), timeout=seconds)
-            except subprocess.TimeoutExpired:
-                return Outcome(False, f"not done after {seconds:g} s")
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # and whatever it has left behind
-                process.wait()
-            printed.seek(max(0, printed.seek(0, os.SEEK_END) - len(word)))
-            if process.returncode == 0 and printed.read() == word.encode():
-                return Outcome(True)
-            errors.seek(0)
-            lines = errors.read(_FILE_SIZE).decode(errors="replace").strip().splitlines()
+    arguments = [folder, str(int(seconds) + 1), str(memory), str(_FILE_SIZE)]
+    with open(os.path.join(folder, "printed"), "w+b") as printed, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=printed,
+            stderr=errors,
+            cwd=folder,
+            env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        try:
+            process.communicate(f"{word}\n{program}".encode(errors="replace"), timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"not done after {seconds:g} s")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has left behind
+            process.wait()
+        printed.seek(max(0, printed.seek(0, os.SEEK_END) - len(word)))
+        if process.returncode == 0 and printed.read() == word.encode():
+            return Outcome(True)
+        errors.seek(0)
+        lines = errors.read(_FILE_SIZE).decode(errors="replace").strip().splitlines()
     if process.returncode < 0:
-        return Outcome(False, f"ended by {signal.Signals(-process.returncode).name}")
+        names = {int(known): known.name for known in signal.Signals}
+        return Outcome(False, f"ended by {names.get(-process.returncode, f'signal {-process.returncode}')}")
     return Outcome(False, lines[-1][:_SHOWN] if lines else "it left before its end")

@@ -84,8 +84,9 @@ class Writer:
             cuts = [len(prompts[i]) > rooms[i] for i in batch]
             return {i: Written(*text, cut) for i, text, cut in zip(batch, texts, cuts, strict=True)}
 
-        lengths = [len(prompts[i][-rooms[i] :]) + requests[i].max_new_tokens for i in range(len(requests))]
-        found = self.share.run(batches_of(lengths, self.batch_tokens), work)
+        lengths = [len(prompt[-room:]) for prompt, room in zip(prompts, rooms, strict=True)]
+        new = [request.max_new_tokens for request in requests]
+        found = self.share.run(batches_of(lengths, self.batch_tokens, new), work)
         return [found[i] for i in range(len(requests))]
 
     def _write(

@@ -81,8 +81,10 @@ def ranges_won(law: Law, other: Law, unique: float, within: tuple[float, float])
     gaps = _gaps(law, other, unique, compute)
     wins = gaps < 0
     places = [within[0]] if wins[0] else []
-    for i in np.flatnonzero(wins[1:] != wins[:-1]).tolist():
-        places.append(math.exp(_crossing(law, other, unique, compute[i : i + 2], gaps[i : i + 2])))
+    places += [
+        math.exp(_crossing(law, other, unique, compute[i : i + 2], gaps[i : i + 2]))
+        for i in np.flatnonzero(wins[1:] != wins[:-1]).tolist()
+    ]
     places += [within[1]] if wins[-1] else []
     return list(zip(places[::2], places[1::2], strict=True))
 

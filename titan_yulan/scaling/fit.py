@@ -96,8 +96,8 @@ def fit(
 def _check(runs: Sequence[Run], form: str, tied: bool) -> None:
     if len(kinds := sorted({run.objective for run in runs} - {""})) > 1:
         raise UserError(
-            f"the runs have different objectives, {' and '.join(kinds)}, whose losses follow different laws: fit one at a "
-            f"time, with --objective {kinds[0]} or a narrower list of runs"
+            f"the runs have different objectives, {' and '.join(kinds)}, whose losses follow different laws: fit one "
+            f"at a time, with --objective {kinds[0]} or a narrower list of runs"
         )
     needed = len(FORMS[form]) - tied
     if len(runs) <= needed:

@@ -59,34 +59,39 @@ def read_runs(inputs: Sequence[Path], best: bool = False, objective: str = "") -
     Args:
         best: of a run folder the lowest validation loss, with the tokens trained until then, instead of the last; of an
             unfinished run too.
-        objective: leave out runs that say another one.
+        objective: of a folder or table only the runs with it; lines of a table that say none are taken.
 
     Raises:
-        UserError: an input is none of these, or holds something that is no result, or no run is left.
+        UserError: an input is none of these, or holds something that is no result, a run that is named itself is not
+            finished or of another objective, or no run is left.
     """
     runs = []
     for path in inputs:
         if path.suffix == ".csv":
-            runs += read_table(path)
+            runs += [run for run in read_table(path) if run.objective in ("", objective) or not objective]
         elif (path / "validation.jsonl").is_file():
             runs.append(read_run(path, best))
         else:
-            runs += _read_folders(path, best)
-    kept = [run for run in runs if not objective or run.objective in ("", objective)]
-    if not kept:
-        kinds = ", ".join(sorted({run.objective for run in runs}))
-        raise UserError(f"no run is {objective}: the runs found are {kinds}" if runs else "no run is finished")
-    return kept
+            runs += _read_folders(path, best, objective)
+    if wrong := [run for run in runs if objective and run.objective not in ("", objective)]:
+        raise UserError(f"--objective {objective}: {wrong[0].name} is {wrong[0].objective}; leave it out")
+    if not runs:
+        raise UserError(
+            "no run is left: let one finish, or take --best" + (" or another --objective" * bool(objective))
+        )
+    return runs
 
 
-def _read_folders(path: Path, best: bool) -> list[Run]:
+def _read_folders(path: Path, best: bool, objective: str) -> list[Run]:
     folders = sorted(file.parent for file in path.glob("*/validation.jsonl"))
     if not folders:
         raise UserError(f"{path} is no run folder, no folder of run folders, and no .csv table of runs")
     runs = []
     for folder in folders:
         try:
-            runs.append(read_run(folder, best))
+            opened = _open(folder)
+            if not objective or opened.config.objective.kind == objective:
+                runs.append(_result(opened, best))
         except Unfinished as error:
             print(f"left out: {error}")
     return runs
@@ -111,7 +116,7 @@ def read_table(path: Path) -> list[Run]:
         line["unique_tokens"] = line.get("unique_tokens") or line["tokens"]
         values = {name: _amount(line[name], f"{path}:{number}: {name}") for name in COLUMNS}
         values["unique_tokens"] = min(values["unique_tokens"], values["tokens"])
-        objective = (line.get("objective") or "").strip()
+        objective = (line.get("objective") or "").strip().replace(" ", "_")
         runs.append(Run(line.get("name") or f"line {number}", **values, objective=objective))
     return runs
 
@@ -137,12 +142,28 @@ def read_run(folder: Path, best: bool = False) -> Run:
         Unfinished: its newest checkpoint is before its last step (not with `best`), or there is none.
         UserError: it has no finite validation loss.
     """
+    return _result(_open(folder), best)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A run folder with its newest checkpoint."""
+
+    folder: Path
+    config: RunConfig
+    state: TrainerState
+
+
+def _open(folder: Path) -> _Opened:
     checkpoint = newest_readable(folder / "checkpoints", print)
     if checkpoint is None:
         raise Unfinished(f"{folder} has no checkpoint that says what was read; let it train")
-    config = configuration.load(checkpoint.path / "config.toml").config
-    state = checkpoint.state()
-    _check_finished(folder, checkpoint.step, _last_step(config, state), best)
+    return _Opened(folder, configuration.load(checkpoint.path / "config.toml").config, checkpoint.state())
+
+
+def _result(opened: _Opened, best: bool) -> Run:
+    folder, config = opened.folder, opened.config
+    _check_finished(opened, best)
     lines = [line for line in read_lines(folder / "validation.jsonl") if line["tokens"] > 0 and line["validation_loss"]]
     if lines and None in lines[-1]["validation_loss"].values() and not best:
         raise UserError(f"{folder}: the last validation loss is not finite; leave the run out, or take --best")
@@ -152,22 +173,19 @@ def read_run(folder: Path, best: bool = False) -> Run:
     mix = config.phases[-1].mix
     losses = [mean_validation_loss(line["validation_loss"], mix) for line in lines]
     chosen = min(range(len(lines)), key=lambda i: (losses[i], i)) if best else len(lines) - 1
-    unique = sum(entry["tokens"] / max(1.0, entry["epochs"] or 1.0) for entry in state.ledger.values())
+    unique = sum(entry["tokens"] / max(1.0, entry["epochs"] or 1.0) for entry in opened.state.ledger.values())
     tokens = float(lines[chosen]["tokens"])
     parameters = count_parameters(config.model)
     return Run(folder.name, parameters, tokens, min(tokens, unique), losses[chosen], config.objective.kind)
 
 
-def _last_step(config: RunConfig, state: TrainerState) -> int:
-    """The step at which the plan ends; a run that began from another counts on from there."""
-    origin = state.origin
-    return Plan(config, Position(origin["step"], origin["row"], origin["token"]), origin["tapes"]).end.step
-
-
-def _check_finished(folder: Path, step: int, last: int, best: bool) -> None:
+def _check_finished(opened: _Opened, best: bool) -> None:
+    origin = opened.state.origin  # a run that began from another counts on from there
+    start = Position(origin["step"], origin["row"], origin["token"])
+    step, last = opened.state.step, Plan(opened.config, start, origin["tapes"]).end.step
     if step >= last:
         return
-    place = f"{folder} is at step {step:,} of {last:,}"
+    place = f"{opened.folder} is at step {step:,} of {last:,}"
     if not best:
         raise Unfinished(
             f"{place}: its learning rate has not come down, so its loss is no result; let it finish, or take --best"

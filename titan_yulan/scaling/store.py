@@ -20,20 +20,43 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Stored:
-    """A law and what its intervals come from: `samples` (resamples, coefficients), which may be empty."""
+    """A law and what its intervals come from.
+
+    Attributes:
+        name: for tables.
+        samples: (resamples, coefficients); may be empty.
+        runs: that it was fitted to; none of a published law.
+    """
 
     name: str
     law: Law
     samples: np.ndarray
+    runs: tuple[Run, ...] = ()
+
+    @property
+    def laws(self) -> list[Law]:
+        """The resampled laws."""
+        names = FORMS[self.law.form]
+        return [Law(self.law.form, dict(zip(names, row, strict=True))) for row in self.samples.tolist()]
+
+    def beyond(self, parameters: float, tokens: float, epochs: float) -> bool:
+        """Whether one of these is larger than in all runs; rounding apart. Never, if the runs are not known."""
+        if not self.runs:
+            return False
+        most = (
+            max(run.parameters for run in self.runs),
+            max(run.tokens for run in self.runs),
+            max(run.epochs for run in self.runs),
+        )
+        return any(asked > 1.001 * known for asked, known in zip((parameters, tokens, epochs), most, strict=True))
 
     def losses(self, parameters: float, tokens: float, unique: float) -> tuple[float, tuple[float, float] | None]:
         """The loss, and the interval that holds 95 % of the resampled laws' losses; None: there are none."""
         loss = self.law.loss(parameters, tokens, unique)
         if not len(self.samples):
             return loss, None
-        names = FORMS[self.law.form]
-        laws = [Law(self.law.form, dict(zip(names, row, strict=True))) for row in self.samples.tolist()]
-        low, high = np.quantile([law.loss(parameters, tokens, unique) for law in laws], [0.025, 0.975])
+        losses = [law.loss(parameters, tokens, unique) for law in self.laws]
+        low, high = np.quantile(losses, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return loss, (float(low), float(high))
 
 
@@ -65,9 +88,10 @@ def open_fit(name: str) -> Stored:
         names = FORMS[content["form"]]
         law = Law(content["form"], {key: float(content["coefficients"][key]) for key in names})
         samples = np.array(content["samples"], float).reshape(-1, len(names))
+        runs = tuple(Run(**run) for run in content.get("runs", ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{name} is no fit ({error}): name a file that 'titan-yulan scaling fit --output' wrote, or "
             f"{', '.join(PUBLISHED)}"
         ) from None
-    return Stored(Path(name).stem, law, samples)
+    return Stored(Path(name).stem, law, samples, runs)

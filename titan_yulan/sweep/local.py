@@ -65,7 +65,7 @@ def _is_free(run: SweepRun) -> bool:
     lock = run.folder / ".lock-0"  # of `parallel.launched.only_start`
     if not lock.exists():
         return True
-    with lock.open("rb") as file:
+    with lock.open("r+b") as file:  # NFS gives an exclusive lock only to those who may write
         return try_lock(file.fileno())
 
 
@@ -123,6 +123,9 @@ class _Trainer:
             process.send_signal(signal.SIGTERM)
 
     def _end(self, run: SweepRun, code: int) -> None:
+        if code == 2 and not _is_free(run):  # another start took it between our look at the lock and the launcher's
+            self._waiting.appendleft(run)
+            return
         if self._stopping and code < 0:  # a signal came before the launcher could answer it
             code = 75
         self._codes.append(code)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan_yulan import config as configuration
-from titan_yulan.checkpoint.layout import newest_readable
-from titan_yulan.checkpoint.resume import check_resume, make_plan
+from titan_yulan.checkpoint.layout import CONFIG, Checkpoint, newest_readable
+from titan_yulan.checkpoint.resume import _FREE, _LAYOUT, check_resume, make_plan
 from titan_yulan.config.model import count_parameters
+from titan_yulan.config.read import dotted
 from titan_yulan.config.sections import RunConfig
 from titan_yulan.config.subset import unique_amount
 from titan_yulan.curriculum.plan import Plan
@@ -34,6 +35,7 @@ class SweepRun:
         finished: whether nothing is left to do.
         failed: whether the last start ended with a failure.
         begun: whether there was one.
+        notices: what differs from the configuration of the newest checkpoint and may, a line each.
     """
 
     name: str
@@ -45,6 +47,7 @@ class SweepRun:
     finished: bool
     failed: bool
     begun: bool
+    notices: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -115,10 +118,10 @@ def _load_run(sweep: Expanded, name: str) -> SweepRun:
     config = configuration.load(sweep.config, arguments[2:]).config
     status = read_status(folder)
     checkpoint = newest_readable(folder / "checkpoints", lambda _: None)
-    if checkpoint is not None:
-        _check_settings(folder, sweep.runs[name])
     plan = make_plan(config, checkpoint)
     resume = check_resume(config, plan, checkpoint)
+    if checkpoint is not None:
+        _check_unchanged(config, checkpoint)
     return SweepRun(
         name,
         arguments,
@@ -129,22 +132,36 @@ def _load_run(sweep: Expanded, name: str) -> SweepRun:
         finished=resume.complete,
         failed=status.get("state") == "failed",
         begun=checkpoint is not None or bool(status),
+        notices=tuple(resume.notices),
     )
 
 
-def _check_settings(folder: Path, settings: Sequence[str]) -> None:
-    """A run that has begun keeps what the grid gave it: the trainer would go on with other values of many keys, such as
-    the learning rate, and a finished run would be skipped, but neither would be what its name says.
+def _check_unchanged(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """A run that has begun keeps its configuration: the trainer would go on with other values of many keys, such as the
+    learning rate, and a finished run would be skipped, but neither would be what its name says. Free are the keys that
+    a resume never asks about, and how a phase is computed; phases may follow, and sources that nothing has read.
 
     Raises:
-        UserError: it was begun with others.
+        UserError: it was begun with another one.
     """
-    file = folder / ARGUMENTS
-    before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else settings
-    if changed := [setting for setting in settings if setting not in before]:
+    saved = configuration.load(checkpoint.path / CONFIG).config
+    old, new = [phase.name for phase in saved.phases], [phase.name for phase in config.phases]
+    free = (*_FREE, *(f"phase.*.{part}.*" for part in _LAYOUT))
+    follow: tuple[str, ...] = ()
+    if old[: len(new)] == new[: len(old)]:
+        free = (*free, "curriculum")
+        follow = tuple(f"{dotted(('phase', name))}." for name in {*old} ^ {*new})
+    changed = [
+        f"\n  {difference}"
+        for difference in configuration.diff(saved, config)
+        if not any(fnmatch.fnmatchcase(difference.key, pattern) for pattern in free)
+        and not difference.key.startswith(follow)
+        and not (difference.key.startswith("data.sources.") and None in (difference.old, difference.new))
+    ]
+    if changed:
         raise UserError(
-            f"{folder} was begun without {' '.join(changed)}: bring the old value back, delete that folder, or choose "
-            "another name or output_dir"
+            f"begun with another configuration than this one, which differs in:{''.join(changed)}\n"
+            "Bring the old values back, delete the run folder, or choose another name or output_dir"
         )
 
 
@@ -162,6 +179,12 @@ def table_lines(runs: Sequence[SweepRun]) -> Iterator[str]:
         epochs = "-" if run.epochs is None else f"{run.epochs:,.2f}"
         size = f"{run.parameters:>14,} {run.tokens:>16,} {epochs:>8} {run.flops:>10.3g}"
         yield f"{run.name:<{width}} {size}  {run.state}"
+    told = defaultdict[str, list[str]](list)
+    for run in runs:
+        for notice in run.notices:
+            told[notice].append(run.name)
+    for notice, names in told.items():
+        yield f"{_shortened(names)}: {notice}"
     left = [run for run in runs if not run.finished]
     cost = sum(run.flops * (1 - run.step / run.plan.end.step) for run in left)
     yield f"{len(runs)} runs, {len(runs) - len(left)} finished, {cost:.3g} FLOPs to go"

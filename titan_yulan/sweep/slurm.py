@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,16 @@ _TEXT = """#!/usr/bin/env bash
 #     sbatch {script}
 #
 # A task that is stopped (75: the time limit is near, a preemption) is queued again and goes on, as deploy/slurm.sh does
-# it. Written by `titan-yulan sweep --slurm`; the same command leaves out the runs that have finished since.
+# it. Written by `titan-yulan sweep --slurm`; the same command leaves out the runs that have finished since. Cancel an
+# older array first (scancel): it has tasks for the same runs.
 
 #SBATCH --job-name={name}
 #SBATCH --array={tasks}
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --output=slurm-%A_%a.out
 #SBATCH --open-mode=append
@@ -72,7 +76,12 @@ def write_array(sweep: Path, output_dir: Path, runs: Sequence[SweepRun]) -> Path
     script = output_dir / SCRIPT
     cases = "\n".join(f"    {task}) run={shlex.quote(str(runs[task].folder))} ;;" for task in left)
     text = _TEXT.format(
-        sweep=sweep, script=script, name=sweep.stem, tasks=_ranges(left), cases=cases, arguments=ARGUMENTS
+        sweep=sweep,
+        script=shlex.quote(str(script)),
+        name=re.sub(r"[^A-Za-z0-9_.-]+", "-", sweep.stem),
+        tasks=_ranges(left),
+        cases=cases,
+        arguments=ARGUMENTS,
     )
     write_atomically(script, text)
     return script

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,16 @@ def _sweep(options: argparse.Namespace) -> int:
     sweep = expand(Path(path), ROOT, options.overrides)
     runs = load_runs(sweep, options.only, check_data=options.run is not None or options.slurm)
     if options.slurm:
-        from titan_yulan.sweep.slurm import write_array
+        from titan_yulan.sweep.slurm import SCRIPT, write_array
 
-        print(f"sbatch {write_array(sweep.path, sweep.output_dir, runs)}")
+        again = (sweep.output_dir / SCRIPT).exists()
+        print(f"sbatch {shlex.quote(str(write_array(sweep.path, sweep.output_dir, runs)))}")
+        if again:
+            print(
+                "an array was written here before: if it is still queued or runs, cancel the old array first "
+                "(scancel JOB), as it has tasks for the same runs",
+                file=sys.stderr,
+            )
         return 0
     if options.run is not None:
         from titan_yulan.sweep.local import run_all
