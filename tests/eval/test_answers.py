@@ -61,6 +61,32 @@ SAME = [
     (r"\pm 3", "3,-3"),
     (r"\varnothing", r"\emptyset"),
     (r"\{ \}", r"\emptyset"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&\frac42\\3&4\\\end{pmatrix}"),
+    (r"\begin{array}{cc} 1 & 2 \end{array}", r"\begin{array}{c|c}1&2\end{array}"),
+    (r"2\begin{bmatrix} 1 \\ 2 \end{bmatrix}", r"2 \begin{bmatrix} 1.0 \\ 2 \end{bmatrix}"),
+    ("(1,200)", "(1, 200)"),
+    ("(-1,200]", "(-1, 200]"),
+    ("(1,2),(3,4)", "(3,4), (1,2)"),
+    (r"2\frac{\pi}{3}", r"\frac{2\pi}{3}"),
+    (r"2\frac{3}{4}", "2.75"),
+    (r"2^3\frac12", "4"),
+    ("x=3", "3"),
+    ("f(x)=x+1", "f(x) = 1+x"),
+    (r"\binom{5}{2}", "10"),
+    (r"\sin 2x", r"\sin(2x)"),
+    (r"\sin^2 x", r"(\sin x)^2"),
+    (r"\sec x", r"1/\cos x"),
+    (r"\cot x \sin x", r"\cos x"),
+    (r"\cos\frac{\pi}{3}", "1/2"),
+    (r"\sin \pi", "0"),
+    (r"\sqrt{50}-5\sqrt2", "0"),
+    (r"(\sqrt2-1)^{10}", r"3363-2378\sqrt2"),
+    (r"\sqrt[3]{-8}", "-2"),
+    ("i^2", "-1"),
+    (r"+\infty", r"\infty"),
+    ("2^{100}", "1267650600228229401496703205376"),
+    ("10^{10^{10}}", "10^{10^{10}}"),
+    ("007", "7"),
 ]
 DIFFERENT = [
     ("[0,1)", "(0,1)"),
@@ -87,6 +113,46 @@ DIFFERENT = [
     ("", ""),
     ("\\frac{1}{", "1"),
     ("(" * 5000, "1"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 4 & 3 \\ 2 & 1 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 & 3 \\ 4 & 5 & 6 \end{pmatrix}", r"\begin{pmatrix} 1 & 3 & 2 \\ 4 & 5 & 6 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 & 3 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 3 \\ 2 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{vmatrix} 1 \\ 2 \end{vmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"2\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", "1,2"),
+    ("1" * 5000, "5"),
+    ("1" * 5000, "1" * 4999 + "2"),
+    ("10^{10^{10}}", "10^{10^{11}}"),
+    ("x^{10^{10}}", "y^{10^{11}}"),
+    ("e^{-10000}", "0"),
+    ("2 1/2", "21/2"),
+    ("1 2", "12"),
+    ("-1 0", "-10"),
+    (r"\frac1{2^{50}}", r"\frac1{2^{51}}"),
+    ("2^{-50}", "0"),
+    ("10^{-13}", "0"),
+    (r"\pi \cdot 10^{-13}", "0"),
+    (r"\tan\frac{\pi}{2}", "5"),
+    ("10^{10}", "10000000001"),
+    ("2^{100}", "2^{100}+1"),
+    ("1.414213562", r"\sqrt2"),
+    ("1.414213562373", r"\sqrt2"),
+    ("3.14159265359", r"\pi"),
+    (r"\binom52", r"\binom25"),
+    (r"\binom62", r"\binom43"),
+    (r"\cot 2x", r"2\cot x"),
+    (r"\overrightarrow{AB}", r"\overrightarrow{BA}"),
+    (r"2\frac{\pi}{3}", r"2+\frac\pi3"),
+    ("east", "seat"),
+    ("no", "on"),
+    ("CAB", "ABC"),
+    ("x=3", "y=3"),
+    ("f(x)=x", "g(x)=x"),
+    (r"x\in[1,2]", r"y\in[1,2]"),
+    ("1,2,100", "1,2100"),
+    ("1,200", "(1,200)"),
 ]
 
 
@@ -100,12 +166,67 @@ def test_another_answer(first: str, second: str) -> None:
     assert not equivalent(first, second) and not equivalent(second, first)
 
 
-FORMULAS = st.text(alphabet="0123456789.,+-*/^(){}[]\\ frac sqrt x", max_size=20)
+PIECES = st.sampled_from(
+    [*"0123456789.,+-*/^(){}[]!&=xei", *r" \\ \{ \} \frac \sqrt \sin \tan \ln \binom \pi \pm \cup \infty".split(" ")]
+    + [
+        r"\begin{pmatrix}",
+        r"\end{pmatrix}",
+        r"\boxed{",
+        r"\text{",
+        " ",
+        "\n",
+        " and ",
+        "^{10^{10}}",
+        "7" * 4301,
+        "(" * 300,
+    ]
+)
+FORMULAS = st.lists(PIECES, max_size=20).map("".join)
+REFERENCES = st.sampled_from([first for first, _ in SAME + DIFFERENT]) | FORMULAS
 
 
-@given(FORMULAS, FORMULAS)
+@given(FORMULAS, REFERENCES)
 def test_any_two_texts_can_be_compared_either_way(first: str, second: str) -> None:
     assert equivalent(first, second) == equivalent(second, first)
+
+
+@given(FORMULAS | st.text(), REFERENCES, st.sampled_from(["number", "mathematics", "contains", ""]))
+def test_any_text_has_a_grade(written: str, answer: str, how: str) -> None:
+    assert 0.0 <= grade(written, [answer], how) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "9" * 5000,
+            "9" * 5000 + "!",
+            "2^" * 600 + "2",
+            "9!" * 300,
+            "10^{10^{10}}",
+            "-" * 1900 + "1",
+            "\\sqrt" * 390 + "2",
+        ),
+        *(
+            "\\frac{" * 300 + "1",
+            "(" * 900 + "1" + ")" * 900,
+            "(0," * 600 + "1" + ")" * 600,
+            "\\{1," * 400 + "1" + "\\}" * 400,
+        ),
+        *("(2^{9999}+x)" * 150, "1000!" * 300, "{1/(x+" * 250 + "1" + ")}" * 250, "1" + " " * 20000, "\\text{" * 4000),
+        *("1,000" * 4000, "\\begin{pmatrix}" * 1000, "\\pm" * 5000, "x=" * 5000, "1 and " * 5000),
+    ],
+)
+def test_no_text_is_too_long_too_deep_or_too_large(text: str) -> None:
+    for answer in ("1", text):
+        written = text + " "
+        assert grade(rf"\boxed{{{written}}}", [answer + "+1", answer + "x"], "mathematics") == 0.0
+        assert grade(written, [answer + "5"], "number") in (0.0, 1.0)
+
+
+def test_numbers_are_compared_to_the_last_digit() -> None:
+    assert grade("9" * 5000, ["9" * 5000 + ".0"], "number") == 1.0
+    assert grade("9" * 5000, ["9" * 4999 + "8"], "number") == 0.0
 
 
 @given(st.fractions(min_value=-1000, max_value=1000, max_denominator=1000), st.integers(1, 9))

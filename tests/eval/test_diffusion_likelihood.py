@@ -95,6 +95,17 @@ def test_left_to_right_is_the_chain_rule(decoder: Decoder, batch_tokens: int) ->
         assert value.tokens == len(span.continuation) and value.greedy is None and not value.cut
 
 
+def test_progress_is_told_when_a_batch_is_done(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    compute = DiffusionLikelihoods._batch_sums
+    monkeypatch.setattr(
+        DiffusionLikelihoods, "_batch_sums", lambda *arguments: (compute(*arguments), events.append("computed"))[0]
+    )
+    likelihoods = DiffusionLikelihoods(decoder, 8, 1, diffusion=diffusion())
+    likelihoods([Span([1], [2, 3])], lambda done, total: events.append((done, total)))
+    assert events == ["computed", (1, 2), "computed", (2, 2)]
+
+
 def test_left_to_right_is_a_probability_over_all_continuations() -> None:
     decoder = bidirectional_decoder(SMALL)
     spans = [Span([1, 2], pair) for pair in itertools.product(range(SMALL), repeat=2)]

@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.checkpoint.making import make_state
 from tests.data.making import BYTES, make, write_files
-from tests.eval.small_models import CONFIG
+from tests.eval.small_models import CONFIG, write_model
 from titan_yulan import cli, config
 from titan_yulan.checkpoint import layout
 from titan_yulan.checkpoint.files import HashingWriter
@@ -115,7 +115,7 @@ def test_a_run_is_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     texts = run / "requests" / "texts.jsonl"
     assert evaluate(run, "--run", str(run), "--tasks", f"arc_easy,lambada,gsm8k,held_out,{texts}") == 0
     (model,) = report(run)["models"]
-    assert model["context"] == 48 and model["precision"] == "float32"
+    assert model["tokenizer"] == BYTES.fingerprint and model["context"] == 48 and model["precision"] == "float32"
     tasks = model["tasks"]
     assert list(tasks) == ["arc_easy", "lambada", "gsm8k", "held_out/text", "texts"]
     assert [tasks[name]["items"] for name in tasks] == [7, 5, 5, 10, 5]
@@ -247,6 +247,40 @@ def test_a_killed_evaluation_goes_on_where_it_was(run: Path, tmp_path: Path, mon
     assert done == ["gsm8k", *names]
     for mine, other_result in zip(found.results, whole.results, strict=True):
         assert json.dumps(asdict(replace(mine, seconds=0.0))) == json.dumps(asdict(replace(other_result, seconds=0.0)))
+
+
+def test_a_number_is_not_taken_from_another_tokenizer_metric_or_scoring(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, finished = tmp_path / "model", tmp_path / "report" / "finished.jsonl"
+    write_model(model)
+    settings = Settings(("lambada", "gsm8k"), requests=run / "requests", output=tmp_path / "report", context=48)
+
+    def found() -> list[float]:
+        """The likelihoods in the file after one more evaluation that was killed behind its first task."""
+        killed_at("gsm8k: 5 requests", model, settings)
+        lines = map(json.loads, finished.read_text().splitlines())
+        return [line["result"]["metrics"]["bits_per_byte"] for line in lines]
+
+    assert len(found()) == len(found()) == 1
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["o"] = words["o"], words["a"]
+    path.write_text(json.dumps(content))
+    first, second = found()
+    assert first != second
+    monkeypatch.setattr(evaluation, "SCORING", evaluation.SCORING + 1)
+    assert len(found()) == 3
+
+    def by_another_metric(*arguments: Any) -> list[Work]:
+        return [
+            replace(work, task=replace(work.task, metric="perplexity")) if work.task.name == "lambada" else work
+            for work in find_work(*arguments)
+        ]
+
+    monkeypatch.setattr(evaluation, "find_work", by_another_metric)
+    assert len(found()) == 4
 
 
 def test_of_chats_only_the_answers_count(run: Path, tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.data.making import BYTES, EOS
 from tests.eval.small_models import write_model
 from titan_yulan.errors import UserError
+from titan_yulan.eval import generate
 from titan_yulan.eval.batches import batches_of
+from titan_yulan.eval.cache import KeyValueCache
 from titan_yulan.eval.likelihood import Likelihood, Likelihoods, Span, encode_pair
 from titan_yulan.eval.open_model import TrainedModel, open_model
 from titan_yulan.eval.requests import Generation
@@ -95,6 +99,41 @@ def test_batches_hold_every_row_once_within_the_budget() -> None:
     assert sorted(place for batch in batches for place in batch) == list(range(7))
     assert all(len(batch) * lengths[batch[0]] <= 18 or len(batch) == 1 for batch in batches)
     assert batches[0] == [4] and batches[1] == [1, 3]
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), max_size=12), st.integers(1, 200))
+def test_a_batch_has_room_for_its_longest_answer_behind_its_longest_prompt(
+    rows: list[tuple[int, int]], budget: int
+) -> None:
+    lengths, rooms = [length for length, _ in rows], [room for _, room in rows]
+    batches = batches_of(lengths, budget, rooms)
+    assert sorted(place for batch in batches for place in batch) == list(range(len(rows)))
+    for batch in batches:
+        places = max(lengths[place] for place in batch) + max(rooms[place] for place in batch)
+        assert len(batch) * places <= budget or len(batch) == 1
+
+
+def test_the_cache_of_a_batch_is_within_the_budget(peer_and_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peer_and_model[1]
+    taken: list[int] = []
+
+    def cache(pads: list[int], length: int, device: torch.device) -> KeyValueCache:
+        taken.append(len(pads) * length)
+        return KeyValueCache(pads, length, device)
+
+    monkeypatch.setattr(generate, "KeyValueCache", cache)
+    long, short = Generation("1", "x" * 40, (), 4), Generation("2", "x", (), 40)
+    Writer(model.decoder, model.tokenizer, 64, 100)([long, short, long, short])
+    assert len(taken) > 1 and max(taken) <= 100
+
+
+def test_progress_is_told_when_a_batch_is_done(peer_and_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    compute = Likelihoods._batch
+    monkeypatch.setattr(Likelihoods, "_batch", lambda *arguments: (compute(*arguments), events.append("computed"))[0])
+    spans = [Span([1, 2, i], [4]) for i in range(3)]
+    Likelihoods(peer_and_model[1].decoder, 8, 3)(spans, lambda done, total: events.append((done, total)))
+    assert events == ["computed", (1, 3), "computed", (2, 3), "computed", (3, 3)]
 
 
 def test_writing_is_the_greedy_writing_of_transformers(peer_and_model: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.eval.small_models import write_model
+from titan_yulan.errors import UserError
 from titan_yulan.eval.evaluate import Evaluator, Result
 from titan_yulan.eval.find_work import find_work
 from titan_yulan.eval.open_model import open_model
@@ -122,3 +123,24 @@ def test_a_text_without_a_token_is_as_likely_as_the_hf_model_finds_it(tmp_path: 
     )
     ours = TitanYulan(tmp_path, context=128).loglikelihood_rolling(requests)
     assert ours == pytest.approx(theirs, rel=1e-5) and theirs[0] == theirs[2] == 0 > theirs[1]
+
+
+def test_long_answers_are_refused_and_cut_contexts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from lm_eval.api.instance import Instance  # pyrefly: ignore[missing-import]
+
+    from titan_yulan.eval.lm_eval_adapter import TitanYulan
+
+    write_model(tmp_path, rows=257)
+    model = TitanYulan(tmp_path, context=16)
+
+    def write(tokens: int, context: str) -> list[str]:
+        return model.generate_until([Instance("generate_until", {}, (context, {"max_gen_toks": tokens}), 0)])
+
+    with pytest.raises(UserError, match=r"may write 16 tokens, and the model reads 16: lower max_gen_toks"):
+        write(16, "alpha")
+    whole = write(6, "beta alpha")
+    assert caplog.messages == []
+    assert write(6, "alpha beta alpha") == whole
+    assert "generate_until: 1 of 1 contexts are longer" in caplog.messages[-1]
+    model.loglikelihood([Instance("loglikelihood", {}, ("alpha beta alpha", " x"), 0)])
+    assert "loglikelihood: 1 of 1 contexts are longer" in caplog.messages[-1]

@@ -29,6 +29,35 @@ def test_lines_every_five_seconds(clock: list[float]) -> None:
     assert len(said) == 2
 
 
+def test_what_was_done_before_the_clock_started_is_not_in_the_speed(clock: list[float]) -> None:
+    said: list[str] = []
+    tell = Progress(said.append)
+    tell("mmlu", 1000, 2000)  # told when the first batch is done
+    clock.append(110.0)
+    tell("mmlu", 1200, 2000)
+    assert said == ["mmlu: 1,200 of 2,000, 20.0 a second"]
+    tell("mmlu", 100, 2000)  # of the next model
+    clock.append(115.0)
+    tell("mmlu", 150, 2000)
+    assert said[1:] == ["mmlu: 150 of 2,000, 10.0 a second"]
+
+
+def test_a_task_that_is_begun_has_a_clock_of_its_own(clock: list[float]) -> None:
+    said: list[str] = []
+    tell = Progress(said.append)
+    tell.begin("mmlu")
+    clock.append(104.0)
+    tell("mmlu", 40, 40)  # in one batch
+    clock.append(1000.0)
+    tell.begin("mmlu")  # of the next model
+    clock.append(1004.0)
+    tell("mmlu", 40, 40)
+    assert said == []
+    clock.append(1008.0)
+    tell("mmlu", 40, 40)
+    assert said == ["mmlu: 40 of 40, 5.0 a second"]
+
+
 def test_a_bar_on_a_terminal_gives_way_to_lines(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     terminal, said = io.StringIO(), []

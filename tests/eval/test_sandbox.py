@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,63 @@ def test_programs_that_pass_and_fail() -> None:
         for program, outcome in zip(cases, pool.map(run_program, cases), strict=True):
             passed, reason = cases[program]
             assert outcome.passed == passed and reason in outcome.reason, (program, outcome)
+
+
+def test_a_program_is_the_main_module() -> None:
+    programs = [
+        "import pickle\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A",
+        "import sys\nassert vars(sys.modules['__main__']) is globals() and __name__ == '__main__'",
+    ]
+    assert [run_program(program).reason for program in programs] == ["", ""]
+
+
+# What a program can see of the guard: the main module, the frames below its own, and those of an exception.
+UNDONE = "import os\nopen('done', 'w').write('x')\nos.system('true')"
+ESCAPES = {
+    "import __main__\n__main__.refused = ()": "os.system is not allowed here",
+    "import sys\nframe = sys._getframe()\nwhile frame:\n    frame.f_globals['refused'] = ()\n    frame = frame.f_back": (
+        "os.system is not allowed here"
+    ),
+    "try:\n    __import__('os').system('true')\nexcept PermissionError as error:\n"
+    "    frame = error.__traceback__.tb_next.tb_frame\n    assert frame.f_code.co_name == 'guard'\n"
+    "    frame.f_globals['refused'] = frame.f_locals['refused'] = ()\n    assert not frame.f_code.co_freevars": (
+        "os.system is not allowed here"
+    ),
+    "import gc\ngc.get_objects()": "gc.get_objects is not allowed here",
+    "import __main__, os\nos.write(1, __main__.word.encode())\nos._exit(0)": "has no attribute 'word'",
+}
+
+
+def test_the_guard_is_not_undone_from_within() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        programs = [f"{escape}\n{UNDONE}" for escape in ESCAPES]
+        for program, outcome in zip(programs, pool.map(run_program, programs), strict=True):
+            reason = ESCAPES[program.removesuffix(f"\n{UNDONE}")]
+            assert not outcome.passed and reason in outcome.reason, (program, outcome)
+
+
+def test_no_frame_that_a_program_sees_holds_the_word() -> None:
+    program = """
+import sys
+seen, frame = {}, sys._getframe()
+while frame:
+    seen |= {**frame.f_globals, **frame.f_locals}
+    frame = frame.f_back
+assert {name for name in seen if not name.startswith("__")} == {"sys", "seen", "frame"}, list(seen)
+"""
+    assert run_program(program).reason == ""
+
+
+def test_no_end_of_a_program_ends_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = run_program("import signal\nsignal.raise_signal(40)")  # a signal without a name
+    assert outcome.reason == "ended by signal 40"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def cleanup(folder: tempfile.TemporaryDirectory[str]) -> None:
+        raise RecursionError  # as of folders in folders that are deeper than Python's stack
+
+    monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", cleanup)
+    assert run_program("assert False").reason == "AssertionError"
 
 
 def test_an_endless_loop_and_a_sleeper_are_ended() -> None:

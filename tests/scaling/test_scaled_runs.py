@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_bad_inputs(tmp_path: Path):
 
 
 def run_folder(
-    folder: Path, step: int, losses: list[float | None], kind: str = "autoregressive", origin: int = 0
+    folder: Path, step: int, losses: Sequence[float | None], kind: str = "autoregressive", origin: int = 0
 ) -> Path:
     """A run of 100 steps of 1,024 tokens that has come to `step`, validated every 10."""
     first = {"step": origin, "row": 8 * origin, "token": 1024 * origin, "tapes": {}}

@@ -21,7 +21,7 @@ from titan_yulan.data.tokenizer import Tokenizer
 from titan_yulan.errors import RunError, UserError
 
 # Changes that cannot alter the stream, the model or the past: always allowed.
-_FREE = (
+FREE = (
     "first_phase",
     "model.kernels",
     "run.name",
@@ -60,7 +60,7 @@ _MOVES_ROWS = ("run.seed", "data.", "phase.")
 # frozen.
 _FROZEN_CURRENT = ("mix", "mix.*", "sequence_length", "batch.global_batch_size", "rope_theta", "start_from")
 # Tables of a phase that decide how it is computed, not what: a change is told, never refused.
-_LAYOUT = ("parallel", "activation_checkpoint")
+LAYOUT = ("parallel", "activation_checkpoint")
 _SHOWN = 4  # places in the data on which plan and checkpoint differ
 
 
@@ -234,9 +234,9 @@ def _check_changes(
         # a source that came or went has not been read: else the mix of a phase that read it would differ as well
         other_source = difference.key.startswith("data.sources.") and None in (difference.old, difference.new)
         past_layout = any(
-            difference.key.startswith(f"{dotted(('phase', name, part))}.") for name in done for part in _LAYOUT
+            difference.key.startswith(f"{dotted(('phase', name, part))}.") for name in done for part in LAYOUT
         )
-        if _matches(difference.key, _FREE) or difference.key in allowed or other_source or past_layout:
+        if _matches(difference.key, FREE) or difference.key in allowed or other_source or past_layout:
             continue
         if _frozen(difference.key, done, phase, {section.name for section in config.phases}):
             refused.append(line)
@@ -264,7 +264,7 @@ def _frozen(key: str, done: set[str], current: str, present: set[str]) -> bool:
     if name is None:
         return False  # a phase file may name only the phases up to its own
     rest = key.removeprefix(start[name])
-    if rest.partition(".")[0] in _LAYOUT:
+    if rest.partition(".")[0] in LAYOUT:
         return False  # may change the rounding, not the stream: noted
     if rest == "mixture_history":
         return False  # what it says of rows behind the checkpoint is in the checkpoint
@@ -321,7 +321,7 @@ def check_model(config: RunConfig, start: Checkpoint, allow_changes: Collection[
         difference
         for difference in configuration.diff(saved, config)
         if (difference.key.startswith("model.") or difference.key in ("run.seed", "data.shuffle"))
-        and not _matches(difference.key, _FREE)
+        and not _matches(difference.key, FREE)
         and difference.key not in allow_changes
     ]
     if differences:

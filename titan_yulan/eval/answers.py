@@ -9,8 +9,10 @@ contains     the share of the answers that occur in it, whatever their case (RUL
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 from titan_yulan.eval.formula import same_value
 
@@ -29,6 +31,7 @@ _LAYOUT = (
     (r"_\s*\{\s*(\w+)\s*\}", r"_\1"),
     (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
     (r"\\(?:le|leq|leqslant)(?![A-Za-z])", "<="),
     (r"\\(?:ge|geq|geqslant)(?![A-Za-z])", ">="),
     (r"\\neq?(?![A-Za-z])", "!="),
@@ -38,8 +41,15 @@ _LAYOUT = (
     (r"\\\{", "{{"),
     (r"\\\}", "}}"),
     (r"\{,\}", ","),
-    (r"(?<=\d)(?:,|\s+)(?=\d{3}(?!\d))", ""),
+    (r"\s+", " "),
 )
+# A number whose digits commas or blanks group by three; "(1,200)" is a point.
+_GROUPED = re.compile(
+    r"(?<![\d.(\[])(?<!\d[, ])(?<!\{\{)(?<![(\[]-)[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?: \d{3})+(?! ?\d))|"
+    r"(?<=[(\[])[1-9]\d{0,2}(?: \d{3})+(?! ?\d)"
+)
+_NAME = re.compile(r"\\?[A-Za-z]\w?(?:\([a-z]\))?\s*(?:=|\\in(?![A-Za-z]))(?!=)")
+_MATRIX = re.compile(r"(.*?)\\begin ?\{(\w*matrix|array)\}(.*)\\end ?\{\2\}(.*)", re.DOTALL)
 # A measured number: the unit is not compared.
 _UNIT = re.compile(
     r"(?<=[\d}])(?:\s*(?:degrees?|cm|mm|km|inch(?:es)?|feet|foot|ft|yards?|miles?|meters?|units?|square|cubic|hours?|"
@@ -61,10 +71,10 @@ def grade(written: str, answers: Sequence[str], how: str) -> float:
     return float(written.strip() in [answer.strip() for answer in answers])
 
 
-def last_number(text: str) -> float | None:
+def last_number(text: str) -> Decimal | None:
     """The last number of a text; commas may group its digits by three."""
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def boxed(text: str) -> str | None:
@@ -94,32 +104,44 @@ def mathematical_answer(text: str) -> str | None:
 
 
 def equivalent(first: str, second: str) -> bool:
-    """Whether two answers in LaTeX are the same.
+    """Whether two answers in LaTeX are the same; never an error, whatever the texts are.
 
-    Layout, spaces, units, dollar and percent signs, degrees, the ending of "5th", and a leading "x =" do not count.
-    Lists, points, intervals, sets and matrices must have equal brackets and equivalent entries (those of a set, and
-    the members of a union, in any order; a list may write two entries as one with a plus-minus sign). Equal text is the
-    same, whatever its case; so are whole numbers and formulas of equal value, for any values of their letters
-    (`eval.formula`). Everything else differs.
+    Layout, spaces, units, dollar and percent signs, degrees, the ending of "5th", and a leading "x =" where the other
+    has none or the same do not count. Lists, points, intervals and sets must have equal brackets and equivalent entries
+    (those of a set, and the members of a union, in any order; a list may write two entries as one with a plus-minus
+    sign), matrices the same environment and shape and equivalent entries in their places. Equal text is the same,
+    whatever its case; so are formulas of equal value, for any values of their letters (`eval.formula`). Everything else
+    differs.
     """
     left, right = _plain(first), _plain(second)
+    names = [_NAME.match(side) for side in (left, right)]
+    if not all(names) or len({_bare(name.group()) for name in names if name}) == 1:
+        left, right = (
+            side[name.end() :].strip() if name else side for side, name in zip((left, right), names, strict=True)
+        )
     if not left or not right:
         return False
-    return _same(left, right)
+    try:
+        return _same(left, right)
+    except RecursionError:  # brackets in hundreds of brackets
+        return False
 
 
 def _plain(text: str) -> str:
     for pattern, by in _LAYOUT:
         text = re.sub(pattern, by, text)
-    text = _UNIT.sub("", text.strip())
+    text = _GROUPED.sub(lambda match: re.sub("[, ]", "", match.group()), text.strip())
+    text = _UNIT.sub("", text)
     text = re.sub(r"\\(frac|sqrt)\s*(?=\w)", r"\\\1 ", text)
-    text = re.sub(r"^\s*\\?[A-Za-z]\w?(?:\([a-z]\))?\s*(?:=|\\in)(?!=)", "", text)
     return text.strip().rstrip(".,").strip()
 
 
 def _same(left: str, right: str) -> bool:
     if _bare(left) == _bare(right):
         return True
+    matrices = _MATRIX.fullmatch(left), _MATRIX.fullmatch(right)
+    if any(matrices) and not any(match and "\\begin" in match.group(3) for match in matrices):
+        return _same_matrix(*matrices)
     if "\\cup" in left + right:
         return _same_set(_pieces(left, r"\\cup"), _pieces(right, r"\\cup"))
     parts, others = _entries(left), _entries(right)
@@ -130,9 +152,25 @@ def _same(left: str, right: str) -> bool:
     if "=" in left and "=" in right and not re.search(r"[<>!]=", left + right):
         sides = [side.split("=") for side in (left, right)]
         return len(sides[0]) == len(sides[1]) and all(map(_same, *sides))
-    if all(re.fullmatch(r"-?\d+", side) for side in (left, right)):
-        return int(left) == int(right)  # to the last digit
     return same_value(left, right)
+
+
+def _same_matrix(left: re.Match[str] | None, right: re.Match[str] | None) -> bool:
+    if not left or not right or left.group(2) != right.group(2):
+        return False
+    around = [(match.group(1), match.group(4)) for match in (left, right)]
+    rows, others = _rows(left), _rows(right)
+    return (
+        [len(row) for row in rows] == [len(row) for row in others]
+        and all(map(_same, *around))
+        and all(all(map(_same, row, other)) for row, other in zip(rows, others, strict=True))
+    )
+
+
+def _rows(matrix: re.Match[str]) -> list[list[str]]:
+    content = re.sub(r"^\s*\{[clr| ]*\}", "", matrix.group(3)) if matrix.group(2) == "array" else matrix.group(3)
+    rows = _pieces(content, r"\\\\")
+    return [_pieces(row, "&") for row in (rows if rows[-1] else rows[:-1])]
 
 
 def _pieces(text: str, separator: str) -> list[str]:
@@ -140,21 +178,27 @@ def _pieces(text: str, separator: str) -> list[str]:
 
 
 def _bare(text: str) -> str:
-    return re.sub(r"\s+", "", text).lower()
+    """Without blanks, but for those between two digits, and small."""
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).lower()
 
 
 def _same_set(parts: list[str], others: list[str]) -> bool:
+    if len(parts) != len(others):
+        return False
     left = list(others)
     for part in parts:
         match = next((other for other in left if _same(part, other)), None)
         if match is None:
             return False
         left.remove(match)
-    return not left
+    return True
 
 
 def _brackets(text: str) -> str:
     """The kind of brackets around a list: "(]", "{}", ... ; "" where there are none, or around no list."""
+    depths = list(itertools.accumulate((mark in _OPENING) - (mark in _CLOSING) for mark in text))
+    if 0 in depths[:-1]:  # what opens first is closed before the end
+        return ""
     if text.startswith("{{") and text.endswith("}}"):
         return "{}"
     if len(text) > 1 and text[0] in "([" and text[-1] in ")]" and len(_split(text[1:-1])) > 1:
@@ -174,7 +218,7 @@ def _entries(text: str) -> list[str]:
 def _split(text: str) -> list[str]:
     """The parts between the commas (or words "and", "or") that stand in no bracket."""
     parts, depth, start = [], 0, 0
-    for match in re.finditer(r"[(\[{]|[)\]}]|,|\b(?:and|or)\b|\\\\|&", text):
+    for match in re.finditer(r"[(\[{]|[)\]}]|,|\b(?:and|or)\b", text):
         found = match.group()
         depth += (found in _OPENING) - (found in _CLOSING)
         if depth == 0 and found not in _CLOSING:

@@ -77,7 +77,7 @@ def ranges_won(law: Law, other: Law, unique: float, within: tuple[float, float])
     unique tokens. Losses are compared at 60 amounts of compute, evenly in their logarithm, and where one overtakes the
     other the place is made finer: a range between two neighbours is not seen. With the laws exchanged the answer is
     the rest of `within`."""
-    compute = np.linspace(*np.log(within), _COMPUTES)
+    compute = np.linspace(math.log(within[0]), math.log(within[1]), _COMPUTES)
     gaps = _gaps(law, other, unique, compute)
     wins = gaps < 0
     places = [within[0]] if wins[0] else []
@@ -98,7 +98,7 @@ def _gaps(law: Law, other: Law, unique: float, log_flops: np.ndarray) -> np.ndar
 def _crossing(law: Law, other: Law, unique: float, ends: np.ndarray, gaps: np.ndarray) -> float:
     """Logarithm of the FLOPs at which the losses are equal, between two `ends` whose gaps differ in sign."""
     while ends[1] - ends[0] > _FINER:
-        places = np.linspace(*ends, 12)
+        places = np.linspace(ends[0], ends[1], 12)
         inner = np.concatenate([gaps[:1], _gaps(law, other, unique, places[1:-1]), gaps[1:]])
         at = int(np.flatnonzero((inner[1:] < 0) != (inner[:-1] < 0))[0])
         ends, gaps = places[at : at + 2], inner[at : at + 2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titan_yulan import config as configuration
 from titan_yulan.checkpoint.layout import CONFIG, Checkpoint, newest_readable
-from titan_yulan.checkpoint.resume import _FREE, _LAYOUT, check_resume, make_plan
+from titan_yulan.checkpoint.resume import FREE, LAYOUT, check_resume, make_plan
 from titan_yulan.config.model import count_parameters
 from titan_yulan.config.read import dotted
 from titan_yulan.config.sections import RunConfig
@@ -146,7 +146,7 @@ def _check_unchanged(config: RunConfig, checkpoint: Checkpoint) -> None:
     """
     saved = configuration.load(checkpoint.path / CONFIG).config
     old, new = [phase.name for phase in saved.phases], [phase.name for phase in config.phases]
-    free = (*_FREE, *(f"phase.*.{part}.*" for part in _LAYOUT))
+    free = (*FREE, *(f"phase.*.{part}.*" for part in LAYOUT))
     follow: tuple[str, ...] = ()
     if old[: len(new)] == new[: len(old)]:
         free = (*free, "curriculum")
