@@ -114,6 +114,8 @@ def test_validations_that_are_not_finite_or_too_early(tmp_path: Path):
         read_run(diverged)
     assert (read_run(diverged, best=True).loss, read_run(diverged, best=True).tokens) == (4.0, 20480)
     assert read_run(run_folder(tmp_path / "recovered", 100, [9.0, None, 4.0])).loss == 4.0
+    started = run_folder(tmp_path / "started", 200, [1.0, 5.0, 4.0], origin=100)  # 1.0 is of the run before
+    assert read_run(started, best=True).loss == 4.0
     with pytest.raises(UserError, match="no finite validation loss"):
         read_run(run_folder(tmp_path / "never", 100, [9.0, None]), best=True)
 

@@ -18,6 +18,7 @@ from titan_yulan.eval.formula import same_value
 
 _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _ANSWER_IS = re.compile(r"answer is:?\s*(.+?)(?:\.(?:\s|$)|\n|$)", re.IGNORECASE)
+_LONGEST = 2000  # characters of an answer that is read; a longer one is text
 _OPENING, _CLOSING = "([{", ")]}"
 
 # What a formula may be written with, and without, in this order.
@@ -121,6 +122,8 @@ def equivalent(first: str, second: str) -> bool:
         )
     if not left or not right:
         return False
+    if max(len(left), len(right)) > _LONGEST:
+        return _bare(left) == _bare(right)
     try:
         return _same(left, right)
     except RecursionError:  # brackets in hundreds of brackets

@@ -27,7 +27,6 @@ from fractions import Fraction
 
 _TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[A-Za-z]+|[A-Za-z]|[-+*/^!(){}\[\]])")
 _MIXED = re.compile(r"\\frac(?:\{[0-9]+\}|[0-9])(?:\{[0-9]+\}|[0-9])")
-_WORD = re.compile(r"[A-Za-z\s]{2,}")
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
     "\\sin": cmath.sin,
     "\\cos": cmath.cos,
@@ -64,10 +63,13 @@ class _Unreadable(Exception):
 def same_value(first: str, second: str) -> bool:
     """Whether both are formulas of the grammar above with the same value; False where one is not.
 
-    Letters without a number or a sign are words, not products: two of them are never the same here.
+    Letters without a number or a sign are a word, not a product: two words are the same letter by letter.
     """
-    if max(len(first), len(second)) > _LONGEST or (_WORD.fullmatch(first) and _WORD.fullmatch(second)):
+    if max(len(first), len(second)) > _LONGEST:
         return False
+    words = [re.sub(r"[\s(){}\[\]]", "", text) for text in (first, second)]
+    if all(word.isalpha() and len(word) > 1 for word in words):
+        return words[0] == words[1]
     try:
         return all(_Formula(first, letters).value().agrees(_Formula(second, letters).value()) for letters in _CHOICES)
     except (_Unreadable, ArithmeticError, ValueError, RecursionError):

@@ -21,8 +21,11 @@ _LOWER_IS_BETTER = ("bits_per_byte", "perplexity")
 
 @dataclass(frozen=True)
 class Report:
-    """The results of one model; `fingerprint` is that of its weights, `tokenizer` that of its tokenizer, `facts` are how
-    it was run."""
+    """The results of one model.
+
+    fingerprint: of its weights; tokenizer: of its tokenizer.
+    facts: how it was run.
+    """
 
     title: str
     path: str

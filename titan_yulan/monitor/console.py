@@ -36,10 +36,10 @@ def step_line(line: Mapping[str, Any], end: int, rate: float, mfu: float | None,
     )
 
 
-def validation_line(step: int, losses: Mapping[str, float], first: Mapping[str, float] | None) -> str:
+def validation_line(step: int, losses: Mapping[str, float], first: Mapping[str, float | None] | None) -> str:
     """Losses by source, with their change since those of the run's `first` validation; None: this is it."""
     parts = [
-        f"{name} {loss:.4f}" + (f" ({loss - first[name]:+.4f})" if first is not None and name in first else "")
+        f"{name} {loss:.4f}" + ("" if (before := (first or {}).get(name)) is None else f" ({loss - before:+.4f})")
         for name, loss in losses.items()
     ]
     return f"validation at step {step}: " + "  ".join(parts)

@@ -72,7 +72,7 @@ class Recorder:
         self._pending: list[tuple[int, StepValues]] = []
         self._main = world.is_main
         self._intervals = Intervals(config.model, world)
-        self._first_losses: dict[str, float] | None = None
+        self._first_losses: dict[str, float | None] | None = None
         self._last: tuple[int, int] | None = None  # step and tokens of the last line
         self.failure: str | None = None
         if not self._main:

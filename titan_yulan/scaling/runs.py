@@ -164,7 +164,10 @@ def _open(folder: Path) -> _Opened:
 def _result(opened: _Opened, best: bool) -> Run:
     folder, config = opened.folder, opened.config
     _check_finished(opened, best)
-    lines = [line for line in read_lines(folder / "validation.jsonl") if line["tokens"] > 0 and line["validation_loss"]]
+    first = opened.state.origin["step"]  # validated there is the model that the run began with
+    lines = [
+        line for line in read_lines(folder / "validation.jsonl") if line["step"] > first and line["validation_loss"]
+    ]
     if lines and None in lines[-1]["validation_loss"].values() and not best:
         raise UserError(f"{folder}: the last validation loss is not finite; leave the run out, or take --best")
     lines = [line for line in lines if None not in line["validation_loss"].values()]
