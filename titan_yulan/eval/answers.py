@@ -27,8 +27,8 @@ _LAYOUT = (
     (r"\\(?:text|textbf|textit|mbox|mathrm|mathbf|mathit|operatorname)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<!\\)\\!\s*", ""),
     (r"\\(?:quad|qquad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""),
-    (r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\b\}?", ""),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°", " "),
+    (r"(?<=\d)\s*(?:\^\s*\{?\s*)?(?:st|nd|rd|th)\b\}?", " "),
     (r"_\s*\{\s*(\w+)\s*\}", r"_\1"),
     (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
@@ -38,7 +38,7 @@ _LAYOUT = (
     (r"\\neq?(?![A-Za-z])", "!="),
     (r"\\(?:cdot|times)(?![A-Za-z])|×|·", "*"),
     (r"\\div(?![A-Za-z])|÷", "/"),
-    (r"\\(?:\$|%|#|&)|[$%]", ""),
+    (r"\\(?:\$|%|#|&)|[$%]", " "),
     (r"\\\{", "{{"),
     (r"\\\}", "}}"),
     (r"\{,\}", ","),
@@ -49,7 +49,8 @@ _GROUPED = re.compile(
     r"(?<![\d.(\[])(?<!\d[, ])(?<!\{\{)(?<![(\[]-)[1-9]\d{0,2}(?:(?:,\d{3})+(?!,?\d)|(?: \d{3})+(?! ?\d))|"
     r"(?<=[(\[])[1-9]\d{0,2}(?: \d{3})+(?! ?\d)"
 )
-_NAME = re.compile(r"\\?[A-Za-z]\w?(?:\([a-z]\))?\s*(?:=|\\in(?![A-Za-z]))(?!=)")
+_IS = r" ?(?:=|\\in(?![A-Za-z]))(?!=)"
+_NAME = re.compile(r"(\\?[A-Za-z]\w?(?:\([a-z]\))?)" + _IS)
 _MATRIX = re.compile(r"(.*?)\\begin ?\{(\w*matrix|array)\}(.*)\\end ?\{\2\}(.*)", re.DOTALL)
 # A measured number: the unit is not compared.
 _UNIT = re.compile(
@@ -115,11 +116,9 @@ def equivalent(first: str, second: str) -> bool:
     differs.
     """
     left, right = _plain(first), _plain(second)
-    names = [_NAME.match(side) for side in (left, right)]
-    if not all(names) or len({_bare(name.group()) for name in names if name}) == 1:
-        left, right = (
-            side[name.end() :].strip() if name else side for side, name in zip((left, right), names, strict=True)
-        )
+    names = [match.group(1) if (match := _NAME.match(side)) else "" for side in (left, right)]
+    if not all(names) or names[0] == names[1]:
+        left, right = (_without(name, side) for name, side in zip(names, (left, right), strict=True))
     if not left or not right:
         return False
     if max(len(left), len(right)) > _LONGEST:
@@ -130,11 +129,16 @@ def equivalent(first: str, second: str) -> bool:
         return False
 
 
+def _without(name: str, text: str) -> str:
+    """The answer, or each answer of a list, without "name ="."""
+    return re.sub(rf"(^|,|\b(?:and|or)\b) ?{re.escape(name)}{_IS}", r"\1 ", text).strip() if name else text
+
+
 def _plain(text: str) -> str:
     for pattern, by in _LAYOUT:
         text = re.sub(pattern, by, text)
     text = _GROUPED.sub(lambda match: re.sub("[, ]", "", match.group()), text.strip())
-    text = _UNIT.sub("", text)
+    text = _UNIT.sub(" ", text)
     text = re.sub(r"\\(frac|sqrt)\s*(?=\w)", r"\\\1 ", text)
     return text.strip().rstrip(".,").strip()
 
