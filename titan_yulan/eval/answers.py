@@ -14,11 +14,10 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 
-from titan_yulan.eval.formula import same_value
+from titan_yulan.eval.formula import LONGEST, same_value
 
 _NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _ANSWER_IS = re.compile(r"answer is:?\s*(.+?)(?:\.(?:\s|$)|\n|$)", re.IGNORECASE)
-_LONGEST = 2000  # characters of an answer that is read; a longer one is text
 _OPENING, _CLOSING = "([{", ")]}"
 
 # What a formula may be written with, and without, in this order.
@@ -121,7 +120,7 @@ def equivalent(first: str, second: str) -> bool:
         left, right = (_without(name, side) for name, side in zip(names, (left, right), strict=True))
     if not left or not right:
         return False
-    if max(len(left), len(right)) > _LONGEST:
+    if max(len(left), len(right)) > LONGEST:
         return _bare(left) == _bare(right)
     try:
         return _same(left, right)

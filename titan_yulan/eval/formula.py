@@ -50,7 +50,7 @@ _CHOICES = tuple(
     {letter: Fraction(value, 1009) for letter, value in zip(_LETTERS, numbers, strict=True)}
     for numbers in (random.Random(seed).sample(range(500, 1500), len(_LETTERS)) for seed in range(3))
 )
-_LONGEST = 2000  # characters; an answer is shorter, and a parser that calls itself must end
+LONGEST = 2000  # characters of an answer that is read: they are fewer, and a parser that calls itself must end
 _LARGEST = 10_000  # bits of an exact number
 _ROUNDING = 1e-15  # of one operation in floating point, with room to spare
 _SMALLEST = 1e-300
@@ -65,7 +65,7 @@ def same_value(first: str, second: str) -> bool:
 
     Letters without a number or a sign are a word, not a product: two words are the same letter by letter.
     """
-    if max(len(first), len(second)) > _LONGEST:
+    if max(len(first), len(second)) > LONGEST:
         return False
     words = [re.sub(r"[\s(){}\[\]]", "", text) for text in (first, second)]
     if all(word.isalpha() and len(word) > 1 for word in words):
