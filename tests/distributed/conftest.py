@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed import bodies, saving
+from tests.distributed import saving
 from tests.distributed.ranks import run_ranks
-from tests.distributed.repeated import repeated
-from titan_yulan.parallel.process import World
-
-
-def train(world: World, folder: Path, other: Path) -> dict[str, Any]:
-    return bodies.training(world, folder) | {"repeated": repeated(world, other)}
+from tests.distributed.repeated import training_and_repeated
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +16,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str
     """By number of ranks, what each rank found in `bodies.training` and `repeated.repeated`; two ranks write the
     checkpoint that all read."""
     folder, other = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("repeated")
-    return {world: run_ranks(train, world, folder, other) for world in (2, 1, 3)}
+    return {world: run_ranks(training_and_repeated, world, folder, other) for world in (2, 1, 3)}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from tests.curriculum.making import configuration, phase
+from tests.distributed import bodies
 from tests.distributed.bodies import BATCH_ROWS, LENGTH, MICRO_BATCH, MODEL, OPTIMIZER, PARALLEL, state_of
 from titan_yulan.checkpoint import store
 from titan_yulan.checkpoint.layout import Checkpoint, step_folder
@@ -90,3 +91,8 @@ def repeated(world: World, folder: Path) -> dict[str, Any]:
     other.load(Checkpoint(step_folder(folder, STOP), STOP))
     found["continued"], found["hidden"] = train(other, STOP, None)
     return found
+
+
+def training_and_repeated(world: World, folder: Path, other: Path) -> dict[str, Any]:
+    """Both bodies in one launch."""
+    return bodies.training(world, folder) | {"repeated": repeated(world, other)}

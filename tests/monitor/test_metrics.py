@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -131,9 +133,13 @@ def test_a_fresh_start_drops_everything(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_curves_are_not_doubled_after_a_resume(tmp_path: Path) -> None:
+def test_curves_are_not_doubled_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # files are read in the order of their names, which begin with the second of the start
+    seconds = itertools.count(1_000_000_000)
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: float(next(seconds))))
     for first, last, value in ((1, 6, 0.0), (4, 8, 1.0)):  # killed after step 6, resumed from step 3
         board = TensorBoard(tmp_path, first - 1, ["code"])
         for step in range(first, last + 1):
