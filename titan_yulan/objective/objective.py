@@ -6,6 +6,7 @@ with z-loss (PaLM, arXiv 2204.02311, section 5; YuLan-Mini uses weight 1e-4).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ class LossSums(NamedTuple):
     tokens: Tensor
 
 
-class Objective:
+class Objective(ABC):
     """Base of the objectives; `causal` says whether a token sees only those up to itself."""
 
     causal = True
@@ -90,17 +91,17 @@ class Objective:
         """How often a held-out row is read, each time as another sample."""
         return 1
 
+    @abstractmethod
     def inputs(self, batch: Batch) -> Inputs:
         """What a micro-batch trains on: a pure function of the rows and their positions in the run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_inputs(self, batch: Batch, sample: int) -> Inputs:
         """What a micro-batch of held-out rows is measured on, without any perturbation of training.
 
         Args:
             sample: which of `validation_samples`.
         """
-        raise NotImplementedError
 
     def loss(self, hidden: Tensor, head_weight: Tensor, inputs: Inputs, denominator: Tensor | None = None) -> LossSums:
         """Weighted sums over one micro-batch.
