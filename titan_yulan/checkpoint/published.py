@@ -30,7 +30,8 @@ from titan_yulan.checkpoint.universal import (
     read_progress,
 )
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.adaptive import Adjustment, read_history
+from titan_yulan.curriculum.adaptive import Adjustment
+from titan_yulan.curriculum.controller import logged_history
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.curriculum.position import Position
 from titan_yulan.errors import UserError
@@ -131,15 +132,7 @@ def _mixtures(phase: PhasePlan, first: PhasePlan) -> list[Adjustment]:
             "shares it is not known what it has read of each source. Set its phase.mixture_history to the "
             f"mixture.jsonl of the run that trained it, {_alone(first)}"
         )
-    history = read_history(Path(log), phase.name)
-    mixed = {name for name, weight in zip(phase.sources, phase.weights.tolist(), strict=True) if weight}
-    for entry in history:
-        if unknown := sorted(name for name, share in entry.shares.items() if share and name not in mixed):
-            raise UserError(
-                f"phase.mixture_history: {log} has a share of {unknown[0]!r}, which the mix of phase {phase.name!r} "
-                "does not read; name the log of the run that trained this phase"
-            )
-    return history
+    return logged_history(phase)
 
 
 def check_published(

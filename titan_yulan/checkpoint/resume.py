@@ -14,7 +14,8 @@ from titan_yulan.checkpoint.published import check_published, is_published, open
 from titan_yulan.config.paths import refuse_address
 from titan_yulan.config.read import dotted
 from titan_yulan.config.sections import RunConfig
-from titan_yulan.curriculum.adaptive import MIXTURE_LOG, Adjustment, read_history
+from titan_yulan.curriculum.adaptive import MIXTURE_LOG, Adjustment
+from titan_yulan.curriculum.controller import logged_history
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.curriculum.position import Position
 from titan_yulan.data.tokenizer import Tokenizer
@@ -143,15 +144,7 @@ def _replayed(phase: PhasePlan, folder: Path) -> list[Adjustment]:
             f"phase.mixture_history: {log} is the log of this very run, which drops what lies behind its checkpoint; "
             "name a copy of it, or leave the key out"
         )
-    history = read_history(log, phase.name)
-    mixed = {name for name, weight in zip(phase.sources, phase.weights.tolist(), strict=True) if weight}
-    for entry in history:
-        if unknown := sorted(name for name, share in entry.shares.items() if share and name not in mixed):
-            raise UserError(
-                f"phase.mixture_history: {log} has a share of {unknown[0]!r}, which the mix of phase {phase.name!r} "
-                "does not read; give it a weight there, or name the log of a run with these sources"
-            )
-    return history
+    return logged_history(phase)
 
 
 def check_resume(

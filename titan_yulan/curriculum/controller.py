@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from titan_yulan.config.adaptive import adaptive_groups
-from titan_yulan.curriculum.adaptive import Adjustment, next_shares
+from titan_yulan.curriculum.adaptive import Adjustment, next_shares, read_history
 from titan_yulan.curriculum.plan import PhasePlan, Plan
 from titan_yulan.errors import UserError
 
@@ -75,3 +76,21 @@ def _steps_between(phase: PhasePlan) -> int | None:
 
 def _read(shares: Mapping[str, float]) -> list[str]:
     return [name for name, share in shares.items() if share]
+
+
+def logged_history(phase: PhasePlan) -> list[Adjustment]:
+    """What the log that `[phase] mixture_history` names says of a phase.
+
+    Raises:
+        UserError: it cannot be read, or is of other sources.
+    """
+    log = Path(phase.section.mixture_history)
+    history = read_history(log, phase.name)
+    mixed = {name for name, weight in zip(phase.sources, phase.weights.tolist(), strict=True) if weight}
+    for entry in history:
+        if unknown := sorted(name for name, share in entry.shares.items() if share and name not in mixed):
+            raise UserError(
+                f"phase.mixture_history: {log} has a share of {unknown[0]!r}, which the mix of phase {phase.name!r} "
+                "does not read; give it a weight there, or name the log of a run with these sources"
+            )
+    return history
