@@ -128,6 +128,7 @@ def _hash_table(files: dict[str, dict]) -> str:
 
 
 def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; `folder`: a run's `checkpoints`."""
     return folder / f"step-{step:08d}"
 
 

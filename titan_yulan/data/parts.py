@@ -23,6 +23,7 @@ _NAME = re.compile(r"part-(\d+)-of-(\d+)")
 
 
 def parts_folder(output: Path) -> Path:
+    """Where machines that prepare parts of a source put them until they are merged."""
     return output.with_name(output.name + ".parts")
 
 

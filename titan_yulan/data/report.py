@@ -156,6 +156,7 @@ def report_part(name: str, part: tuple[int, int], counts: Sequence[UnitCounts], 
 
 
 def shown_bad_rows(counts: Sequence[UnitCounts]) -> tuple[str, ...]:
+    """The first bad rows of all units, a few, as a report shows them."""
     return tuple([row for unit in counts for row in unit.shown_bad_rows][:_SHOWN])
 
 

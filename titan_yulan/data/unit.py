@@ -80,6 +80,7 @@ def check_values(recipe: Recipe, values: Collection[str]) -> None:
 
 
 def unit_folder(folder: Path, index: int) -> Path:
+    """Where a unit of work leaves what it made."""
     return folder / f"{index:05d}"
 
 

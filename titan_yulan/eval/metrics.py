@@ -67,6 +67,7 @@ def choice_numbers(
 
 
 def cloze_numbers(items: Sequence[Cloze], found: Sequence[Likelihood]) -> Numbers:
+    """Accuracy (the answer is what greedy writing gives), perplexity per answer, bits per byte; a row for each item."""
     rows = [
         {"id": item.id, "logprob": value.logprob, "tokens": value.tokens, "accuracy": float(value.greedy is True)}
         for item, value in zip(items, found, strict=True)

@@ -12,6 +12,7 @@ from titan_yulan.errors import UserError
 
 
 def is_prepared(path: str) -> bool:
+    """Whether a folder holds a prepared source."""
     return (Path(path) / DESCRIPTION).exists()
 
 

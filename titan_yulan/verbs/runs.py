@@ -64,6 +64,7 @@ def add(verbs: Any) -> None:
 
 
 def start_training(options: argparse.Namespace) -> int:
+    """Train as the options say; returns the exit code of the run (launch.py)."""
     from titan_yulan.launch import launch
 
     return launch(options.config, options.overrides, options.allow_change, options.debug)
